@@ -1,0 +1,1 @@
+"""How Rayward meets its cluster: configuration, sessions, training, generation, tracking. Knows no paper."""

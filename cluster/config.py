@@ -1,0 +1,214 @@
+"""Configuration: `ray_config.yaml` < profile < `--config FILE` < environment < `--set`, checked by pydantic.
+
+Imports neither torch nor ray, so that a wrong key is told within a second.
+"""
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.errors import UserError
+
+DEFAULT_FILE = Path(__file__).resolve().parent.parent / "ray_config.yaml"
+ENVIRONMENT_PREFIX = "RAYWARD__"
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Cluster(Section):
+    """Where the job runs and where its results live."""
+
+    address: str | None = None
+    num_cpus: int | None = Field(default=None, ge=1)
+    storage: str = "results"
+    start_timeout_s: float = Field(default=180, gt=0)
+
+
+class Lora(Section):
+    """Low-rank adaptation (peft); merged into the weights when a stage ends."""
+
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str = "all-linear"
+
+
+class Train(Section):
+    """How many workers train, on what, and how often they save."""
+
+    num_workers: int = Field(default=1, ge=1)
+    cpus_per_worker: int = Field(default=2, ge=1)
+    gpus_per_worker: int = Field(default=0, ge=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    activation_checkpointing: bool = False
+    tokens_per_row: int = Field(default=512, ge=16)
+    checkpoint_every: int = Field(default=20, ge=1)
+    max_failures: int = Field(default=2, ge=0)
+    lora: Lora | None = None
+
+
+class Generation(Section):
+    """The engine that writes completions, in training rollouts and in evaluation."""
+
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    max_batch_sequences: int = Field(default=64, ge=1)
+    gpu_memory_utilization: float = Field(default=0.35, gt=0, lt=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+
+
+class Tracking(Section):
+    """The MLflow run of the job."""
+
+    uri: str | None = None
+    experiment: str = "rayward"
+    register_as: str | None = None
+
+
+class Config(Section):
+    """The sections that every job has; a job adds its own."""
+
+    cluster: Cluster = Cluster()
+    train: Train = Train()
+    generation: Generation = Generation()
+    tracking: Tracking = Tracking()
+
+
+SomeConfig = TypeVar("SomeConfig", bound=Config)
+Origins = dict[str, str]
+
+
+def load(
+    schema: type[SomeConfig],
+    profile: str | None = None,
+    files: Sequence[Path] = (),
+    sets: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    base: Path = DEFAULT_FILE,
+) -> SomeConfig:
+    """Merges and checks all sources, the later ones winning.
+
+    Args:
+        schema: the job's configuration class.
+        profile: a name under `profiles` in the base file, or None.
+        files: YAML files laid over the profile.
+        sets: `a.b=value` assignments, as after `--set`.
+        environ: variables `RAYWARD__A__B=value` are taken from here.
+        base: the base file.
+
+    Raises:
+        UserError: unknown key (with the nearest known one), wrong type, missing or malformed file, unknown profile.
+    """
+    origins: Origins = {}
+    values = _read(base)
+    profiles = values.pop("profiles", {})
+    _mark(values, base.name, origins)
+    if profile is not None:
+        if profile not in profiles:
+            raise UserError(f"profile '{profile}' is not in {base.name}; take one of {', '.join(sorted(profiles))}")
+        values = _merge(values, profiles[profile], f"profile {profile} in {base.name}", origins)
+    for path in files:
+        values = _merge(values, _read(path), str(path), origins)
+    for name in sorted(environ):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            values = _merge(values, _nest(key, environ[name], name), name, origins)
+    for assignment in sets:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {assignment} is not of the form section.key=value")
+        values = _merge(values, _nest(key.strip(), text, f"--set {assignment}"), f"--set {assignment}", origins)
+    mine = {key: value for key, value in values.items() if key in schema.model_fields or not _is_another_system(key)}
+    try:
+        return schema.model_validate(mine)
+    except ValidationError as error:
+        raise UserError("; ".join(_sentences(error, schema, origins))) from None
+
+
+def leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a configuration class, sections included."""
+    for name, field in schema.model_fields.items():
+        yield f"{prefix}{name}"
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            yield from leaves(inner, f"{prefix}{name}.")
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _is_another_system(key: str) -> bool:
+    return key.isidentifier() and importlib.util.find_spec(f"jobs.{key}") is not None
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"configuration file {path} does not exist; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{place} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a mapping of sections, but holds a {type(content).__name__}")
+    return content
+
+
+def _nest(key: str, text: str, origin: str) -> dict:
+    try:
+        value: Any = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UserError(f"{origin}: '{text}' is not a YAML value; quote it") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _mark(values: object, origin: str, origins: Origins, prefix: str = "") -> None:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            origins[f"{prefix}{key}"] = origin
+            _mark(value, origin, origins, f"{prefix}{key}.")
+
+
+def _merge(below: dict, above: object, origin: str, origins: Origins) -> dict:
+    _mark(above, origin, origins)
+
+    def merged(low: Any, high: Any) -> Any:
+        if isinstance(low, dict) and isinstance(high, dict):
+            return low | {key: merged(low.get(key), value) for key, value in high.items()}
+        return high
+
+    return merged(below, above or {})
+
+
+def _sentences(error: ValidationError, schema: type[BaseModel], origins: Origins) -> Iterator[str]:
+    known = list(leaves(schema))
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        place = origins.get(key) or origins.get(key.rpartition(".")[0]) or "the configuration"
+        if problem["type"] == "extra_forbidden":
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            yield f"{place}: unknown key {key}; the nearest known key is {nearest[0]}"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            yield f"{place}: {key} = {problem['input']!r} is wrong: {message}"

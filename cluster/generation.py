@@ -1,0 +1,160 @@
+"""Text generation behind one small interface; engines: transformers (here) and vLLM (`cluster.vllm_engine`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn; `temperature` 0 is greedy. A stop string ends the text and is cut off."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_completions: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion: `token_ids` with the end token, `text` without; `finish_reason` is "stop" or "length"."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+
+
+class Generator(Protocol):
+    """An engine."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """Completes each prompt (token ids) `sampling.num_completions` times; order is kept."""
+        ...
+
+
+class TransformersEngine:
+    """Generation with a transformers model in this process.
+
+    Each prompt is computed once, whatever the number of completions, and finished sequences leave the batch:
+    refusals are short, so most of a batch ends early.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        end_ids: Sequence[int],
+        max_batch_sequences: int = 64,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.end_ids = list(end_ids)
+        self.max_batch_sequences = max_batch_sequences
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """See `Generator.generate`."""
+        import torch
+
+        per_batch = max(1, self.max_batch_sequences // sampling.num_completions)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        generator = torch.Generator(device=self.model.device).manual_seed(sampling.seed)
+        results: list[list[Completion]] = [[] for _ in prompts]
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                for start in range(0, len(order), per_batch):
+                    chosen = order[start : start + per_batch]
+                    batch = self._batch([list(prompts[index]) for index in chosen], sampling, generator)
+                    for index, completions in zip(chosen, batch, strict=True):
+                        results[index] = completions
+        finally:
+            self.model.train(training)
+        return results
+
+    def _batch(self, prompts: list[list[int]], sampling: Sampling, generator: "torch.Generator") -> list[list[Completion]]:
+        import torch
+        from transformers import DynamicCache
+
+        device, repeats = self.model.device, sampling.num_completions
+        width = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        logits = self._forward(ids, mask, positions, cache).repeat_interleave(repeats, 0)
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+            mask, positions = mask.repeat_interleave(repeats, 0), positions.repeat_interleave(repeats, 0)
+        positions = positions[:, -1:]
+
+        active = torch.arange(len(prompts) * repeats, device=device)
+        tokens: list[list[int]] = [[] for _ in range(len(prompts) * repeats)]
+        ended: dict[int, str] = {}
+        end_ids = torch.tensor(self.end_ids, device=device)
+        for step in range(sampling.max_new_tokens):
+            drawn = draw(logits, sampling.temperature, sampling.top_p, generator)
+            for row, token in zip(active.tolist(), drawn.tolist(), strict=True):
+                tokens[row].append(token)
+            going = ~torch.isin(drawn, end_ids)
+            if sampling.stop:
+                stopped = [self._stops(tokens[row], sampling.stop) for row in active.tolist()]
+                going &= ~torch.tensor(stopped, device=device)
+            ended |= dict.fromkeys(active[~going].tolist(), "stop")
+            if not going.any() or step + 1 == sampling.max_new_tokens:
+                break
+            if not going.all():
+                keep = going.nonzero().squeeze(-1)
+                cache.batch_select_indices(keep)
+                active, drawn, mask, positions = active[keep], drawn[keep], mask[keep], positions[keep]
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=-1)
+            positions = positions + 1
+            logits = self._forward(drawn.unsqueeze(-1), mask, positions, cache)
+
+        completions = [
+            Completion(row, cut(self.tokenizer.decode(row, skip_special_tokens=True), sampling.stop), ended.get(i, "length"))
+            for i, row in enumerate(tokens)
+        ]
+        return [completions[i : i + repeats] for i in range(0, len(completions), repeats)]
+
+    def _forward(self, ids: "torch.Tensor", mask: "torch.Tensor", positions: "torch.Tensor", cache: object) -> "torch.Tensor":
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def _stops(self, token_ids: list[int], stop: tuple[str, ...]) -> bool:
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return bool(text.strip()) and any(string in text.lstrip() for string in stop)
+
+
+def cut(text: str, stop: tuple[str, ...]) -> str:
+    """`text` up to the first stop string that follows something other than white space."""
+    body = text.lstrip()
+    ends = [body.find(string) for string in stop if string in body]
+    return body[: min(ends)] if ends and body else text
+
+
+def draw(logits: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> "torch.Tensor":
+    """One token a row. logits (B, V) -> token ids (B,); temperature 0 takes the most likely, top_p is nucleus sampling."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        # a token stays while the mass before it is below top_p, so that the most likely one always stays
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        probabilities = probabilities.scatter(-1, order, ordered)
+    return probabilities.multinomial(1, generator=generator).squeeze(-1)

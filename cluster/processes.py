@@ -1,0 +1,107 @@
+"""Process sessions that outlive the command which started them, found again later and ended whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class Session:
+    """The leader of a process session: its pid, and its birth, which tells it from a later owner of the same number."""
+
+    pid: int
+    born: str
+
+    def leads(self) -> bool:
+        """Whether the leader itself still runs."""
+        return birth(self.pid) == self.born
+
+    def members(self) -> list[psutil.Process]:
+        """Every process of the session, and every descendant of its leader in whatever session it put itself."""
+        boot = self.born.partition(":")[0]
+        owner = birth(self.pid)
+        if boot != BOOT_ID.read_text().strip() or owner not in (self.born, None):
+            return []
+        found = [process for process in psutil.process_iter() if _session_of(process.pid) == self.pid]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if owner == self.born:
+                found += psutil.Process(self.pid).children(recursive=True)
+        return list(set(found))
+
+
+def start(command: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> Session:
+    """Start `command` in a session of its own, where no Ctrl-C of this terminal reaches it; output to `log`."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=dict(env),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Session(process.pid, birth(process.pid) or "")
+
+
+def end(sessions: Iterable[Session], grace_s: float) -> list[int]:
+    """End sessions: their leaders first, who clean up best, then whatever is left; SIGKILL after `grace_s` seconds.
+
+    Returns the pids that outlived even that, for as long again.
+    """
+    sessions = list(sessions)
+    members = {process for session in sessions for process in session.members()}
+    leaders = {process for process in members if any(process.pid == session.pid for session in sessions)}
+    _signal(leaders, signal.SIGTERM)
+    _wait(lambda: not _alive(members), grace_s / 2)
+    # What was born during the wait, and what its parents left behind.
+    members |= {process for session in sessions for process in session.members()}
+    _signal(_alive(members), signal.SIGTERM)
+    _wait(lambda: not _alive(members), grace_s / 2)
+    _signal(_alive(members), signal.SIGKILL)
+    _wait(lambda: not _alive(members), grace_s)
+    return sorted(process.pid for process in _alive(members))
+
+
+def birth(pid: int) -> str | None:
+    """Boot id and start tick of a process, None if it does not run. Unlike clock times these never shift."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, start_tick = fields[0], fields[19]
+    return None if state in "ZX" else f"{BOOT_ID.read_text().strip()}:{start_tick}"
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and birth(process.pid) is not None]
+
+
+def _signal(processes: Iterable[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def _wait(done: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.1)

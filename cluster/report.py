@@ -1,0 +1,66 @@
+"""`report.json`: what a job found, with intervals, digests and timings, written last and whole."""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score: its value, 95 % confidence interval, number of items and the seed of any resampling."""
+
+    value: float
+    ci95: tuple[float, float]
+    n: int
+    seed: int
+
+    def to_json(self) -> dict:
+        """The form that stands in `report.json`."""
+        return {"value": self.value, "ci95": list(self.ci95), "n": self.n, "seed": self.seed}
+
+
+def write_json(content: object, path: Path) -> Path:
+    """Writes `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a file that `write_json` made, or None where there is none yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def digest(content: object) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of `content` as canonical JSON."""
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def machine() -> dict:
+    """The machine that made a figure: processor, cores and memory in GiB."""
+    import psutil
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0] if models else name
+    return {
+        "processor": name,
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }

@@ -1,0 +1,1 @@
+"""The jobs: one package a paper, and what several papers share."""

@@ -1,0 +1,1 @@
+"""RULE: unlearn a target by refusal boundary optimisation (NeurIPS 2025)."""

@@ -1,0 +1,93 @@
+"""The dials of RULE. Base values are the paper's (RULE, experimental settings); profiles fit them to a machine."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cluster.config import Config, Section
+from jobs.scoring.judge import JudgeSettings
+
+
+class Steering(Section):
+    """Stage 1, rejection steering: cross-entropy on refusals of forget questions."""
+
+    learning_rate: float = Field(default=4e-7, gt=0)
+    epochs: float = Field(default=3, gt=0)
+    stop_after_epochs: float | None = Field(default=2, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    warmup_steps: int = Field(default=20, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    max_tokens: int = Field(default=512, ge=16)
+    stop_at_refusal: float | None = Field(default=None, gt=0, le=1)
+    check_every: int = Field(default=4, ge=1)
+
+
+class Reward(Section):
+    """The rule-based reward of stage 2."""
+
+    design: str = "forget_two_stage_abs_target"
+    rouge_threshold: float | None = Field(default=None, ge=0, le=1)
+    target_bonus: float = Field(default=0.5, ge=0, le=1)
+    behave_weight: float = Field(default=0.7, ge=0, le=1)
+
+
+class Rebo(Section):
+    """Stage 2, refusal boundary optimisation: on-policy GRPO over forget and boundary questions."""
+
+    learning_rate: float = Field(default=2e-6, gt=0)
+    weight_decay: float = Field(default=1e-2, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    steps: int = Field(default=20, ge=0)
+    prompts_per_step: int = Field(default=32, ge=1)
+    completions_per_prompt: int = Field(default=8)
+    updates_per_rollout: int = Field(default=1, ge=1)
+    kl_coefficient: float = Field(default=1e-2, ge=0)
+    reference: Literal["steered", "original"] = "steered"
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.3, gt=0)
+    dual_clip: float = Field(default=3.0, gt=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_prompt_tokens: int = Field(default=512, ge=1)
+    max_completion_tokens: int = Field(default=1024, ge=1)
+    reward: Reward = Reward()
+
+    @model_validator(mode="after")
+    def _group_has_a_spread(self) -> "Rebo":
+        if self.completions_per_prompt < 2:
+            raise ValueError(
+                f"completions_per_prompt must be at least 2, got {self.completions_per_prompt}: "
+                "the advantage compares the completions of one prompt"
+            )
+        return self
+
+
+class Evaluation(Section):
+    """What is asked before, between and after the stages."""
+
+    prompt_form: Literal["rwku", "plain"] = "rwku"
+    max_new_tokens: int = Field(default=64, ge=1)
+    known_threshold: float = Field(default=0.5, ge=0, le=1)
+    neighbors: int | None = Field(default=None, ge=1)
+    max_batch_tokens: int = Field(default=4096, ge=64)
+    judge: JudgeSettings | None = None
+
+
+class Rule(Section):
+    """What to unlearn from which model."""
+
+    model: str = "embedded:smollm2-135m"
+    revision: str | None = None
+    data: str = "demo"
+    target: str | None = None
+    held_out_share: float = Field(default=0.2, ge=0, lt=1)
+    seed: int = Field(default=42, ge=0)
+    steering: Steering = Steering()
+    rebo: Rebo = Rebo()
+    evaluation: Evaluation = Evaluation()
+
+
+class RuleConfig(Config):
+    """The whole configuration of `python -m jobs.rule`."""
+
+    rule: Rule = Rule()

@@ -1,0 +1,149 @@
+"""Shared prefixes: each prompt is computed once a group, and what all prompts begin with once a row.
+
+A row is a tree laid out flat: [common beginning][prompt 1][its completions ...][prompt 2][...]. A token sees its
+ancestors only and carries the position it would have alone, so that every log-probability, and hence the loss and its
+gradient, is that of the plain form; only the work is less.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its completions as token ids; `first` is the index of its first completion in the batch."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    first: int
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One forward pass. T tokens, K positions whose logits are needed, N completion tokens to score.
+
+    `scored` (N,) indexes the K kept positions: the one that predicts the token; `targets` (N,) is the token;
+    `sequence` (N,) is the completion in the batch that it belongs to.
+    """
+
+    input_ids: Int[Tensor, "1 T"]
+    position_ids: Int[Tensor, "1 T"]
+    attention_mask: Bool[Tensor, "1 1 T T"]
+    keep: Bool[Tensor, "1 T"]
+    scored: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+    sequence: Int[Tensor, " N"]
+
+    def to(self, device: torch.device) -> "PackedRow":
+        """The row on another device."""
+        return PackedRow(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+def plan_rows(groups: Sequence[Group], tokens_per_row: int) -> list[list[Group]]:
+    """Groups dealt to rows of at most `tokens_per_row` tokens (one group at least), longest first, first fit."""
+    rows: list[list[Group]] = []
+    room: list[int] = []
+    for group in sorted(groups, key=lambda g: (-_size(g), g.first)):
+        fitting = next((i for i, free in enumerate(room) if free >= _size(group)), None)
+        if fitting is None:
+            rows.append([])
+            room.append(tokens_per_row)
+            fitting = len(rows) - 1
+        rows[fitting].append(group)
+        room[fitting] -= _size(group)
+    return rows
+
+
+def plain_rows(groups: Sequence[Group]) -> list[list[Group]]:
+    """One completion a row, nothing shared: for models whose layers cannot take a mask, and the oracle of the tests."""
+    return [
+        [Group(group.prompt, [completion], group.first + offset)]
+        for group in groups
+        for offset, completion in enumerate(group.completions)
+    ]
+
+
+def pack(groups: Sequence[Group]) -> PackedRow:
+    """Lays the groups of one row out flat."""
+    common = _common_beginning([group.prompt for group in groups]) if len(groups) > 1 else 0
+    ids: list[int] = list(groups[0].prompt[:common])
+    positions = list(range(common))
+    nodes = [0] * common
+    ancestors: list[list[int]] = [[0]]
+    keep: list[int] = []
+    scored: list[int] = []
+    targets: list[int] = []
+    sequence: list[int] = []
+
+    def append(tokens: list[int], start: int, lineage: list[int]) -> None:
+        node = len(ancestors)
+        ancestors.append([*lineage, node])
+        ids.extend(tokens)
+        positions.extend(range(start, start + len(tokens)))
+        nodes.extend([node] * len(tokens))
+
+    for group in groups:
+        append(group.prompt[common:], common, [0])
+        prompt_node, length = len(ancestors) - 1, len(group.prompt)
+        keep.append(len(ids) - 1)
+        predicts_first = len(keep) - 1
+        for offset, completion in enumerate(group.completions):
+            start = len(ids)
+            append(completion, length, [0, prompt_node])
+            scored.append(predicts_first)
+            scored.extend(range(len(keep), len(keep) + len(completion) - 1))
+            keep.extend(range(start, start + len(completion) - 1))
+            targets.extend(completion)
+            sequence.extend([group.first + offset] * len(completion))
+
+    node, position = torch.tensor(nodes), torch.tensor(positions)
+    sees = torch.zeros(len(ancestors), len(ancestors), dtype=torch.bool)
+    for index, lineage in enumerate(ancestors):
+        sees[index, lineage] = True
+    kept = torch.zeros(len(ids), dtype=torch.bool)
+    kept[keep] = True
+    return PackedRow(
+        input_ids=torch.tensor(ids)[None],
+        position_ids=position[None],
+        attention_mask=(sees[node][:, node] & (position[None, :] <= position[:, None]))[None, None],
+        keep=kept[None],
+        scored=torch.tensor(scored),
+        targets=torch.tensor(targets),
+        sequence=torch.tensor(sequence),
+    )
+
+
+def row_logprobs(model: torch.nn.Module, row: PackedRow, temperature: float) -> Tensor:
+    """Log-probability (N,) of each completion token at `temperature`; logits only at the K needed positions."""
+    logits = model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        attention_mask=row.attention_mask,
+        logits_to_keep=row.keep,
+        use_cache=False,
+    ).logits
+    logits = logits.reshape(-1, logits.shape[-1]).float() / temperature
+    return logits[row.scored, row.targets] - logits.logsumexp(-1)[row.scored]
+
+
+def can_share(config: object) -> bool:
+    """Whether every layer of the model attends to the whole past, so that a mask alone separates completions."""
+    text = config.get_text_config()
+    layers = getattr(text, "layer_types", None)
+    if layers is not None:
+        return all(layer == "full_attention" for layer in layers)
+    return getattr(text, "sliding_window", None) is None and hasattr(text, "num_attention_heads")
+
+
+def _size(group: Group) -> int:
+    return len(group.prompt) + sum(map(len, group.completions))
+
+
+def _common_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    # each prompt keeps its last token to itself: that is the one whose logits predict its completions
+    longest = min(map(len, prompts)) - 1
+    return next((i for i in range(longest) if len({prompt[i] for prompt in prompts}) > 1), longest)

@@ -1,0 +1,1 @@
+"""What several papers measure with: ROUGE, refusal, confidence intervals."""

@@ -1,0 +1,100 @@
+"""95 % confidence intervals for means, shares and any statistic of independent samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+from cluster.report import Metric
+
+_Z95 = NormalDist().inv_cdf(0.975)
+_DRAWS_AT_ONCE = 2**21
+
+
+def mean_interval(values: Sequence[float], seed: int, resamples: int = 10_000) -> Metric:
+    """Mean of `values` with the percentile bootstrap's interval.
+
+    Args:
+        values: one finite number an item, shape (n,), n >= 1, any unit.
+        seed: of the resampling; the same seed gives the same interval.
+        resamples: number of bootstrap samples.
+    Returns: value and interval in the unit of `values`.
+    Raises: ValueError for an empty or non-finite `values`.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 13.3.
+    """
+    sample = _finite(values)
+    rng = np.random.default_rng(seed)
+    rows = max(1, _DRAWS_AT_ONCE // sample.size)
+    means = np.concatenate(
+        [
+            sample[rng.integers(0, sample.size, size=(min(rows, resamples - start), sample.size))].mean(axis=1)
+            for start in range(0, resamples, rows)
+        ]
+    )
+    return Metric(value=float(sample.mean()), ci95=_central95(means), n=sample.size, seed=seed)
+
+
+def share_interval(hits: Sequence[bool], seed: int) -> Metric:
+    """Share of true `hits` with Wilson's score interval, which stays informative at 0 and 1.
+
+    Args:
+        hits: one truth value an item, shape (n,), n >= 1.
+        seed: recorded in the result; the interval is in closed form and draws nothing.
+    Returns: value and interval in [0, 1].
+    Raises: ValueError for empty `hits`.
+    Source: Wilson 1927, without continuity correction.
+    """
+    n = len(hits)
+    if n == 0:
+        raise ValueError("An interval needs at least one item, got none.")
+    share = sum(map(bool, hits)) / n
+    centre = (share + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
+    half = _Z95 / (1 + _Z95**2 / n) * (share * (1 - share) / n + _Z95**2 / (4 * n**2)) ** 0.5
+    # At a share of 0 or 1 one end is the share itself; rounding must not put it outside.
+    return Metric(
+        value=share, ci95=(min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)), n=n, seed=seed
+    )
+
+
+def statistic_interval(
+    statistic: Callable[..., float], samples: Sequence[np.ndarray], seed: int, resamples: int = 2_000
+) -> Metric:
+    """Any statistic of independent samples with the percentile bootstrap's interval.
+
+    Args:
+        statistic: called as `statistic(*samples)`, for example the AUC of forget against holdout scores.
+        samples: arrays of items along axis 0, each with at least one; each is resampled on its own.
+        seed: of the resampling.
+        resamples: number of bootstrap samples.
+    Returns: value and interval in the unit of the statistic; n counts the items of all samples.
+    Raises: ValueError for an empty sample, or where the statistic is not finite.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 8.3 and 13.3.
+    """
+    if not samples or any(len(sample) == 0 for sample in samples):
+        raise ValueError("An interval needs at least one item in each sample.")
+    rng = np.random.default_rng(seed)
+    value = float(statistic(*samples))
+    draws = _finite(
+        [value]
+        + [
+            statistic(*(sample[rng.integers(0, len(sample), size=len(sample))] for sample in samples))
+            for _ in range(resamples)
+        ]
+    )[1:]
+    return Metric(value=value, ci95=_central95(draws), n=sum(map(len, samples)), seed=seed)
+
+
+def _finite(values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("An interval needs at least one item, got none.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{int((~np.isfinite(array)).sum())} of {array.size} values are not finite.")
+    return array
+
+
+def _central95(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,96 @@
+"""Confidence intervals against known values, another library, and their own promise of coverage."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from jobs.scoring.intervals import mean_interval, share_interval, statistic_interval
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(8, 10, 0.4901625, 0.9433178), (0, 10, 0.0, 0.2775328), (10, 10, 0.7224672, 1.0), (50, 100, 0.4038315, 0.5961685)],
+)
+def test_wilson_by_hand(hits, n, low, high):
+    metric = share_interval([True] * hits + [False] * (n - hits), seed=3)
+    assert metric.value == hits / n
+    assert metric.ci95 == pytest.approx((low, high), abs=1e-6)
+    assert (metric.n, metric.seed) == (n, 3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 60, 1200])
+def test_wilson_equals_scipy_and_holds_its_share(n):
+    for hits in {0, 1, n // 3, n - 1, n}:
+        metric = share_interval([True] * hits + [False] * (n - hits), seed=0)
+        peer = stats.binomtest(hits, n).proportion_ci(method="wilson")
+        assert metric.ci95 == pytest.approx((peer.low, peer.high), abs=1e-9)
+        assert 0.0 <= metric.ci95[0] <= metric.value <= metric.ci95[1] <= 1.0
+
+
+def test_mean_interval_agrees_with_scipy_and_repeats_by_seed():
+    values = np.random.default_rng(0).exponential(size=200)
+    metric = mean_interval(values, seed=1)
+    peer = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(2)).confidence_interval
+    width = peer.high - peer.low
+    assert metric.value == pytest.approx(values.mean())
+    assert metric.ci95 == pytest.approx((peer.low, peer.high), abs=0.05 * width)
+    assert metric == mean_interval(values, seed=1)
+    assert metric.ci95 != mean_interval(values, seed=2).ci95
+
+
+def test_mean_interval_covers_the_true_mean():
+    rng = np.random.default_rng(5)
+    covered = 0
+    for trial in range(400):
+        low, high = mean_interval(rng.normal(3.0, 2.0, size=60), seed=trial, resamples=1000).ci95
+        covered += low <= 3.0 <= high
+    # Nominal .95; the percentile bootstrap at n = 60 loses about a point, and 400 trials add a deviation of .011.
+    assert 0.90 <= covered / 400 <= 0.98
+
+
+def test_one_item_is_its_own_interval():
+    assert mean_interval([0.25], seed=0).ci95 == (0.25, 0.25)
+
+
+def test_resampling_in_pieces_draws_every_resample():
+    values = np.arange(5000.0)
+    low, high = mean_interval(values, seed=0, resamples=1000).ci95
+    error = values.std() / 5000**0.5
+    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.2 * error)
+
+
+def _auc(forget, holdout):
+    return float(np.mean(forget[:, None] > holdout[None, :]))
+
+
+def test_statistic_interval_of_an_auc():
+    rng = np.random.default_rng(0)
+    forget, holdout = rng.normal(1.0, size=80), rng.normal(0.0, size=120)
+    metric = statistic_interval(_auc, [forget, holdout], seed=4, resamples=500)
+    assert metric.value == _auc(forget, holdout)
+    assert (metric.n, metric.seed) == (200, 4)
+    # Hanley and McNeil's standard error of an AUC.
+    a = metric.value
+    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
+    error = ((a * (1 - a) + 79 * (q1 - a * a) + 119 * (q2 - a * a)) / (80 * 120)) ** 0.5
+    assert metric.ci95 == pytest.approx((a - 1.96 * error, a + 1.96 * error), abs=0.6 * error)
+    assert metric == statistic_interval(_auc, [forget, holdout], seed=4, resamples=500)
+
+
+def test_statistic_of_rows_resamples_rows():
+    rows = np.column_stack([np.arange(50.0), 2 * np.arange(50.0)])
+    metric = statistic_interval(lambda r: r[:, 1].sum() / r[:, 0].sum(), [rows], seed=0, resamples=100)
+    assert metric.ci95 == (2.0, 2.0)
+
+
+def test_what_cannot_be_scored_is_refused():
+    with pytest.raises(ValueError, match="at least one item"):
+        mean_interval([], seed=0)
+    with pytest.raises(ValueError, match="at least one item"):
+        share_interval([], seed=0)
+    with pytest.raises(ValueError, match="at least one item in each"):
+        statistic_interval(_auc, [np.array([1.0]), np.array([])], seed=0, resamples=10)
+    with pytest.raises(ValueError, match="1 of 2 values are not finite"):
+        mean_interval([1.0, float("nan")], seed=0)
+    with pytest.raises(ValueError, match="not finite"):
+        statistic_interval(lambda a: float("nan"), [np.array([1.0])], seed=0, resamples=10)

@@ -1,0 +1,234 @@
+"""The judge's client against a real HTTP server on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from cluster.errors import JobFailure, UserError
+from jobs.scoring.judge import Judge, JudgeSettings, parse_scores, retry_after_s
+
+NAMES = ("clarity", "truth")
+GOOD = '{"clarity": 80, "truth": 12.5}'
+TOKEN = "a-token-that-nobody-may-see"
+
+
+class Endpoint:
+    """Gives the scripted replies in turn, the last one for ever; keeps the requests."""
+
+    def __init__(self) -> None:
+        self.replies: list[tuple[int, dict[str, str], str]] = [(200, {}, completion(GOOD))]
+        self.requests: list[tuple[str, dict[str, str], dict]] = []
+        self.delay_s = self.trickle_s = 0.0
+        self._lock = threading.Lock()
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with endpoint._lock:
+                    endpoint.requests.append((self.path, dict(self.headers), body))
+                    status, headers, text = endpoint.replies[0]
+                    if len(endpoint.replies) > 1:
+                        endpoint.replies.pop(0)
+                time.sleep(endpoint.delay_s)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(text.encode())))
+                self.end_headers()
+                for byte in text.encode() if endpoint.trickle_s else ():
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(endpoint.trickle_s)
+                if not endpoint.trickle_s:
+                    self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        # A client that gave up leaves a broken pipe behind, which is no news here.
+        self.server.handle_error = lambda *_: None
+        self.base_url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+
+def completion(text: str) -> str:
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    endpoint = Endpoint()
+    thread = threading.Thread(target=endpoint.server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield endpoint
+    endpoint.server.shutdown()
+    endpoint.server.server_close()
+    thread.join(timeout=5)
+
+
+@pytest.fixture
+def waits() -> list[float]:
+    return []
+
+
+@pytest.fixture
+def make_judge(endpoint, waits):
+    def make(**dials) -> Judge:
+        return Judge(JudgeSettings(base_url=endpoint.base_url, model="judge-1", **dials), sleep=waits.append)
+
+    return make
+
+
+def test_scores_come_in_order_with_temperature_zero_and_the_token(endpoint, make_judge, monkeypatch):
+    monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
+    endpoint.replies = [(200, {}, completion(f'{{"clarity": {i}, "truth": 1}}')) for i in range(3)]
+    scores = make_judge(token_env="JUDGE_TOKEN", concurrency=1).score(["one", "two", "three"], NAMES)
+    assert [score["clarity"] for score in scores] == [0.0, 1.0, 2.0]
+    path, headers, body = endpoint.requests[1]
+    assert path == "/v1/chat/completions"
+    assert headers["Authorization"] == f"Bearer {TOKEN}"
+    assert (body["model"], body["temperature"]) == ("judge-1", 0)
+    assert body["messages"][0]["content"].startswith("two\n\nAnswer with one JSON object")
+
+
+def test_no_token_is_sent_where_none_is_configured(endpoint, make_judge):
+    make_judge().score(["x"], NAMES)
+    assert "Authorization" not in endpoint.requests[0][1]
+
+
+def test_many_prompts_at_once(endpoint, make_judge):
+    endpoint.delay_s = 0.05
+    started = time.monotonic()
+    assert len(make_judge(concurrency=8).score(["x"] * 16, NAMES)) == 16
+    assert time.monotonic() - started < 16 * 0.05
+
+
+def test_429_waits_as_long_as_it_is_told(endpoint, waits):
+    endpoint.replies = [(429, {"Retry-After": "1"}, ""), (200, {}, completion(GOOD))]
+    started = time.monotonic()
+    scores = Judge(JudgeSettings(base_url=endpoint.base_url, model="m")).score(["x"], NAMES)
+    assert scores == [{"clarity": 80.0, "truth": 12.5}]
+    assert time.monotonic() - started >= 1.0
+
+
+def test_server_errors_are_retried_with_growing_waits(endpoint, make_judge, waits):
+    endpoint.replies = [(503, {}, ""), (500, {}, ""), (503, {"Retry-After": "3"}, ""), (200, {}, completion(GOOD))]
+    make_judge().score(["x"], NAMES)
+    assert waits == [0.5, 1.0, 3.0]
+
+
+def test_a_wait_beyond_the_deadline_fails_at_once(endpoint, make_judge, waits):
+    endpoint.replies = [(429, {"Retry-After": "3600"}, "")]
+    with pytest.raises(JobFailure, match=r"127\.0\.0\.1.* gave no answer within 20 s: the last answer was HTTP 429"):
+        make_judge(deadline_s=20).score(["x"] * 5, NAMES)
+    assert waits == []
+
+
+def test_an_unreachable_endpoint_fails_within_the_deadline(endpoint):
+    endpoint.server.shutdown()
+    endpoint.server.server_close()
+    judge = Judge(JudgeSettings(base_url=endpoint.base_url, model="m", deadline_s=0.8))
+    with pytest.raises(JobFailure, match="the last attempt failed with ConnectError"):
+        judge.score(["x"], NAMES)
+
+
+def test_a_silent_endpoint_fails_within_the_deadline(endpoint):
+    endpoint.delay_s = 1.0
+    judge = Judge(JudgeSettings(base_url=endpoint.base_url, model="m", timeout_s=0.2, deadline_s=0.6))
+    started = time.monotonic()
+    with pytest.raises(JobFailure, match="ReadTimeout"):
+        judge.score(["x"], NAMES)
+    assert time.monotonic() - started < 1.0
+
+
+def test_a_body_that_trickles_in_fails_within_the_deadline(endpoint):
+    endpoint.trickle_s = 0.05
+    judge = Judge(JudgeSettings(base_url=endpoint.base_url, model="m", timeout_s=0.2, deadline_s=0.6))
+    started = time.monotonic()
+    with pytest.raises(JobFailure, match="ReadTimeout"):
+        judge.score(["x"], NAMES)
+    assert time.monotonic() - started < 1.0
+
+
+def test_one_failure_ends_the_waits_of_the_others(endpoint):
+    endpoint.replies = [(429, {"Retry-After": "30"}, ""), (404, {}, "")]
+    started = time.monotonic()
+    with pytest.raises(UserError, match="HTTP 404"):
+        Judge(JudgeSettings(base_url=endpoint.base_url, model="m", concurrency=2)).score(["x", "y", "z"], NAMES)
+    assert time.monotonic() - started < 5.0
+
+
+def test_a_malformed_answer_is_asked_for_again_with_what_was_wrong(endpoint, make_judge):
+    endpoint.replies = [
+        (200, {}, completion("Clarity is 80.")),
+        (200, {}, completion('{"clarity": 80}')),
+        (200, {}, completion(GOOD)),
+    ]
+    assert make_judge().score(["x"], NAMES) == [{"clarity": 80.0, "truth": 12.5}]
+    asked = endpoint.requests[2][2]["messages"]
+    assert [message["role"] for message in asked] == ["user", "assistant", "user"]
+    assert asked[1]["content"] == '{"clarity": 80}'
+    assert "exactly the keys clarity, truth" in asked[2]["content"]
+
+
+@pytest.mark.parametrize("reply", [completion("no"), "not JSON", "{}", '{"choices": [{"message": {"content": null}}]}'])
+def test_three_malformed_answers_refuse_the_score(endpoint, make_judge, reply):
+    endpoint.replies = [(200, {}, completion(GOOD)), (200, {}, reply)]
+    with pytest.raises(RuntimeError, match="left 2 of 3 items unscored after 3 malformed answers"):
+        make_judge(concurrency=1).score(["a", "b", "c"], NAMES)
+    assert len(endpoint.requests) == 1 + 2 * 3
+
+
+@pytest.mark.parametrize(("status", "message"), [(401, "correct the one in JUDGE_TOKEN"), (404, "base_url or model")])
+def test_a_refused_request_is_the_users_to_mend(endpoint, make_judge, status, message, monkeypatch, caplog):
+    monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
+    endpoint.replies = [(status, {}, "")]
+    caplog.set_level("DEBUG")
+    with pytest.raises(UserError, match=message) as caught:
+        make_judge(token_env="JUDGE_TOKEN").score(["x"], NAMES)
+    assert len(endpoint.requests) == 1
+    assert TOKEN not in str(caught.value) + caplog.text
+
+
+def test_an_unset_token_variable_is_named(make_judge, monkeypatch):
+    monkeypatch.delenv("JUDGE_TOKEN", raising=False)
+    with pytest.raises(UserError, match="JUDGE_TOKEN"):
+        make_judge(token_env="JUDGE_TOKEN")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "80",
+        "[80, 1]",
+        '{"clarity": 80}',
+        '{"clarity": 80, "truth": 1, "more": 2}',
+        '{"clarity": 101, "truth": 1}',
+        '{"clarity": -1, "truth": 1}',
+        '{"clarity": "80", "truth": 1}',
+        '{"clarity": true, "truth": 1}',
+        '{"clarity": NaN, "truth": 1}',
+        f"```json\n{GOOD}\n```",
+        f"{GOOD} So.",
+    ],
+)
+def test_answers_that_are_not_exactly_the_object(text):
+    with pytest.raises(ValueError, match=r"not a"):
+        parse_scores(text, NAMES)
+
+
+def test_retry_after_forms():
+    now = datetime(2030, 1, 1, 12, 0, 0, tzinfo=UTC)
+    assert retry_after_s("7", now) == 7.0
+    assert retry_after_s("Tue, 01 Jan 2030 12:00:09 GMT", now) == 9.0
+    assert retry_after_s("Tue, 01 Jan 2030 11:00:00 GMT", now) == 0.0
+    assert retry_after_s(None, now) is None
+    assert retry_after_s("soon", now) is None
