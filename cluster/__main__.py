@@ -11,7 +11,7 @@ import typer
 
 from cluster import doctor as checks
 from cluster import local
-from cluster.errors import JobFailure, UserError
+from cluster.cli import main
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -60,14 +60,5 @@ def down(storage: Storage = STORAGE) -> None:
     print(f"Down after {time.monotonic() - began:.0f} s." if ended else f"Nothing is up under {storage}.")
 
 
-def main() -> int:
-    try:
-        app()
-    except (UserError, JobFailure) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(app))

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cluster.config import Generation, Train
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class TransformersEngine:
         training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 for start in range(0, len(order), per_batch):
                     chosen = order[start : start + per_batch]
                     batch = self._batch([list(prompts[index]) for index in chosen], sampling, generator)
@@ -78,7 +82,9 @@ class TransformersEngine:
             self.model.train(training)
         return results
 
-    def _batch(self, prompts: list[list[int]], sampling: Sampling, generator: "torch.Generator") -> list[list[Completion]]:
+    def _batch(
+        self, prompts: list[list[int]], sampling: Sampling, generator: "torch.Generator"
+    ) -> list[list[Completion]]:
         import torch
         from transformers import DynamicCache
 
@@ -118,13 +124,16 @@ class TransformersEngine:
             positions = positions + 1
             logits = self._forward(drawn.unsqueeze(-1), mask, positions, cache)
 
+        texts = [cut(self.tokenizer.decode(row, skip_special_tokens=True), sampling.stop) for row in tokens]
         completions = [
-            Completion(row, cut(self.tokenizer.decode(row, skip_special_tokens=True), sampling.stop), ended.get(i, "length"))
-            for i, row in enumerate(tokens)
+            Completion(row, text, ended.get(i, "length"))
+            for i, (row, text) in enumerate(zip(tokens, texts, strict=True))
         ]
         return [completions[i : i + repeats] for i in range(0, len(completions), repeats)]
 
-    def _forward(self, ids: "torch.Tensor", mask: "torch.Tensor", positions: "torch.Tensor", cache: object) -> "torch.Tensor":
+    def _forward(
+        self, ids: "torch.Tensor", mask: "torch.Tensor", positions: "torch.Tensor", cache: object
+    ) -> "torch.Tensor":
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -148,7 +157,7 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 
 
 def draw(logits: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> "torch.Tensor":
-    """One token a row. logits (B, V) -> token ids (B,); temperature 0 takes the most likely, top_p is nucleus sampling."""
+    """One token a row: logits (B, V) -> ids (B,). Temperature 0 takes the most likely, top_p is nucleus sampling."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits / temperature).softmax(-1)
@@ -158,3 +167,21 @@ def draw(logits: "torch.Tensor", temperature: float, top_p: float, generator: "t
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
         probabilities = probabilities.scatter(-1, order, ordered)
     return probabilities.multinomial(1, generator=generator).squeeze(-1)
+
+
+def open_engine(path: "Path", settings: "Generation", train: "Train", max_tokens: int, seed: int) -> Generator:
+    """The engine that the configuration asks for, with the model in `path`; "auto" takes vLLM where there is a GPU."""
+    import torch
+
+    from cluster.models import load_model, load_tokenizer, stop_ids
+
+    gpu = bool(train.gpus_per_worker) and torch.cuda.is_available()
+    if settings.engine == "vllm" or (settings.engine == "auto" and gpu):
+        from cluster.vllm_engine import VllmEngine
+
+        return VllmEngine(path, settings, train, max_tokens, seed)
+    if not gpu:
+        torch.set_num_threads(train.cpus_per_worker)
+    model = load_model(path, train.precision if gpu else "float32").to("cuda" if gpu else "cpu")
+    tokenizer = load_tokenizer(path)
+    return TransformersEngine(model, tokenizer, stop_ids(model, tokenizer), settings.max_batch_sequences)

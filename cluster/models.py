@@ -48,7 +48,9 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
         stamp = max(file.stat().st_mtime_ns for file in directory.glob("*.safetensors"))
         return ModelSource(str(directory.resolve()), directory.resolve(), str(stamp))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"model '{name}' is no directory here, no hub id owner/name and no embedded model; check the name")
+        raise UserError(
+            f"model '{name}' is no directory here, no hub id owner/name and no embedded model; check the name"
+        )
     return _from_hub(name, revision)
 
 
@@ -110,7 +112,8 @@ def chat_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer_prefix: s
 
     `answer_prefix` is put into the assistant's mouth (RWKU appends "Answer:").
     """
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(text + answer_prefix, add_special_tokens=False)["input_ids"]
 
 
@@ -147,7 +150,8 @@ def cache_root() -> Path:
 def _embedded(name: str) -> ModelSource:
     key = name.removeprefix("embedded:")
     if key not in EMBEDDED:
-        raise UserError(f"there is no embedded model '{key}'; take one of {', '.join(f'embedded:{k}' for k in EMBEDDED)}")
+        names = ", ".join(f"embedded:{name}" for name in EMBEDDED)
+        raise UserError(f"there is no embedded model '{key}'; take one of {names}")
     package, module, gguf = EMBEDDED[key]
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -183,12 +187,22 @@ def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
 
 def _from_hub(name: str, revision: str | None) -> ModelSource:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if revision is None or not REVISION.fullmatch(revision):
-        raise UserError(f"hub model '{name}' needs a pinned revision; set rule.revision to its commit of 40 hexadecimal digits")
+        raise UserError(
+            f"hub model '{name}' needs a pinned revision; set rule.revision to its commit of 40 hexadecimal digits"
+        )
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise UserError(f"model '{name}' cannot be the id of a hub model; write owner/name") from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(f"the hub has no model {name} at {revision}: {str(error).splitlines()[0]}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError):

@@ -1,4 +1,4 @@
-"""What RULE trains on and asks: RWKU folders as the authors publish them, MUSE-Books questions, the hub's RWKU, the demo."""
+"""What RULE trains on and asks: RWKU folders as its authors publish them, MUSE-Books, the hub's RWKU, the demo."""
 
 import random
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ def load_data(source: str, target: str | None, held_out_share: float, seed: int)
     Args:
         source: "demo", a folder in RWKU or MUSE-Books layout, or "hub:jinzhuoran/RWKU".
         target: name of the target; only the hub data set needs it.
-        held_out_share: share of the forget questions kept out of training, each with its fill-in form and boundary twins.
+        held_out_share: share of the forget questions kept out of training, each with its fill-in form and twins.
         seed: of the choice which ones.
 
     Raises:
@@ -129,9 +129,12 @@ def load_data(source: str, target: str | None, held_out_share: float, seed: int)
 
 
 def hold_out(data: RuleData, share: float, seed: int) -> RuleData:
-    """Moves `share` of the forget questions, with all that stems from them, from training to the probes."""
+    """Moves `share` of the forget questions, with all that stems from them, from training to the probes.
+
+    One forget question at least stays in training.
+    """
     sources = sorted({item.source for item in data.items})
-    chosen = set(random.Random(seed).sample(sources, round(share * len(sources))))
+    chosen = set(random.Random(seed).sample(sources, min(round(share * len(sources)), len(sources) - 1)))
     if not chosen:
         return data
     held = [item for item in data.items if item.source in chosen]
@@ -145,7 +148,8 @@ def hold_out(data: RuleData, share: float, seed: int) -> RuleData:
         for side in ["forget" if item.label == "reject" else "boundary"]
         if item.prompt.casefold() not in trained
     ]
-    refusals = tuple(row for row in data.refusals if row.source not in chosen)
+    asked = {probe.query.casefold() for probe in probes}
+    refusals = tuple(row for row in data.refusals if row.source not in chosen and row.prompt.casefold() not in asked)
     return replace(data, items=train, refusals=refusals, probes=data.probes + tuple(probes))
 
 
@@ -196,7 +200,9 @@ def _items(path: Path, target: str, refusals: Sequence[Refusal]) -> tuple[Item, 
     for index, row in enumerate(_required(path, _Rl)):
         label = {"<reject>": "reject", "<normal>": "normal"}.get(row.solution[0] if row.solution else "")
         if label is None or len(row.solution) < 2:
-            raise UserError(f"{path}, row {index}: solution must be ['<reject>' or '<normal>', reference]; mend the row.")
+            raise UserError(
+                f"{path}, row {index}: solution must be ['<reject>' or '<normal>', reference]; mend the row."
+            )
         if label == "reject" and previous == "normal":
             source += 1
         previous = label

@@ -12,8 +12,10 @@ def group_advantages(rewards: Float[Tensor, "groups completions"]) -> Float[Tens
 
     A group with one reward for all has advantage 0 and teaches nothing.
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred / (rewards.std(dim=1, keepdim=True) + ADVANTAGE_EPSILON)
+    # Counted from the first reward: the mean of equal rewards such as 0.7 is rounded, and 1e-6 would not hide that.
+    shifted = rewards - rewards[:, :1]
+    centred = shifted - shifted.mean(dim=1, keepdim=True)
+    return centred / (shifted.std(dim=1, keepdim=True) + ADVANTAGE_EPSILON)
 
 
 def k3_divergence(logprobs: Float[Tensor, " tokens"], reference: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
@@ -32,8 +34,8 @@ def policy_loss(
 ) -> Float[Tensor, " tokens"]:
     """Clipped policy-gradient loss of each token, to be minimised (PPO; asymmetric as DAPO; dual clip, Ye et al. 2020).
 
-    With one update a rollout batch the ratio is 1 and only its gradient matters, as in RULE's runs. The dual clip bounds
-    the loss of a token with negative advantage by -dual_clip * advantage.
+    With one update a rollout batch the ratio is 1 and only its gradient matters, as in RULE's runs. The dual clip
+    bounds the loss of a token with negative advantage by -dual_clip * advantage.
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)

@@ -224,3 +224,19 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def step_seconds(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean seconds of a stage-2 step by part (rollout, reward, reference, update, sync)."""
+    parts: dict[str, list[float]] = {}
+    for row in history:
+        for part, seconds in row.get("seconds", {}).items():
+            parts.setdefault(part, []).append(seconds)
+    return {part: round(sum(values) / len(values), 3) for part, values in parts.items()}
+
+
+def versions() -> dict[str, str]:
+    """The packages whose version can change a figure, as installed."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "trl", "ray", "numpy", "rouge", "rouge-score")}

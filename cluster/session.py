@@ -1,0 +1,97 @@
+"""This job's connection to Ray: a running cluster, or a private one on this machine that ends with the job."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.config import Config
+from cluster.errors import JobFailure, UserError
+
+# Ray redirects print() in training workers, which breaks dill's use of dis inside `datasets` (thousands of log lines).
+WORKER_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYWARD_CACHE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Ray for the time of a job.
+
+    The address is `cluster.address`, or RAY_ADDRESS, as it is set inside a submitted job; with neither, a cluster is
+    started on this machine, bound to loopback and guarded by a token of its own, and ended with the job.
+
+    Raises:
+        UserError: no cluster answers at the address, or it cannot place the training workers.
+    """
+    environment = WORKER_ENVIRONMENT | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    os.environ.update(environment)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ["RAY_AUTH_MODE"] == "token":
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+    import ray
+
+    demanded = config.train.num_workers * config.train.cpus_per_worker
+    options = {"runtime_env": {"env_vars": environment}, "log_to_driver": True, "configure_logging": False}
+    if address is None:
+        cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, demanded)
+        options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`") from None
+    try:
+        _require_room(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def on_worker(function, config: Config, *arguments, seconds: float):
+    """`function(*arguments)` in a Ray task that has what a training worker has; its process ends with it.
+
+    Raises:
+        JobFailure: it took longer than `seconds`, or its process died.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError, RayTaskError, WorkerCrashedError
+
+    train = config.train
+    task = ray.remote(num_cpus=train.cpus_per_worker, num_gpus=train.gpus_per_worker, max_calls=1, max_retries=1)(function)
+    reference = task.remote(*arguments)
+    try:
+        return ray.get(reference, timeout=seconds)
+    except GetTimeoutError:
+        ray.cancel(reference, force=True)
+        raise JobFailure(f"the driver waited {seconds:.0f} s for {function.__name__}, which did not end") from None
+    except WorkerCrashedError as error:
+        raise JobFailure(f"the process of {function.__name__} died: {str(error).splitlines()[0]}") from None
+    except RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+
+
+def storage(config: Config) -> Path:
+    """The absolute folder of all results: RAYWARD_STORAGE where `make up` set it, else `cluster.storage`."""
+    return Path(os.environ.get("RAYWARD_STORAGE") or config.cluster.storage).expanduser().resolve()
+
+
+def _require_room(config: Config) -> None:
+    import ray
+
+    train, total = config.train, ray.cluster_resources()
+    for resource, each in (("CPU", train.cpus_per_worker), ("GPU", train.gpus_per_worker)):
+        demanded, present = train.num_workers * each, total.get(resource, 0)
+        if demanded > present:
+            raise UserError(
+                f"train.num_workers = {train.num_workers} x {each} {resource} needs {demanded} {resource}, "
+                f"but the cluster has {present:g}; lower train.num_workers or add nodes"
+            )

@@ -1,0 +1,297 @@
+"""Ray Train: one function on every worker, one checkpoint contract, one recorder of what happens.
+
+A checkpoint is a Hugging Face trainer checkpoint (model, optimiser, scheduler, random states, step) with the history
+of the run in it. Rank 0 writes it once; Ray Train keeps the newest and hands it back after a failure.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from cluster.config import Lora, Train
+from cluster.errors import JobFailure
+from cluster.report import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+HISTORY = "history.jsonl"
+SAMPLES = "training_samples.jsonl"
+
+
+@dataclass
+class Recorder:
+    """What training shows while it runs: a line a step on the console, `history.jsonl`, and the job's MLflow run.
+
+    Only rank 0 writes. Steps after the checkpoint that a resumed run starts from are dropped and written anew.
+    """
+
+    stage: str
+    folder: Path
+    total_steps: int
+    tracking_uri: str | None = None
+    run_id: str | None = None
+    _row: dict = field(default_factory=dict)
+
+    def record(self, step: int, figures: dict[str, Any], samples: list[dict] = ()) -> None:
+        """Adds `figures` to the row of `step`."""
+        if rank() != 0:
+            return
+        rows = [row for row in self._read() if not (row["stage"] == self.stage and row["step"] == step)]
+        present = next((row for row in self._read() if row["stage"] == self.stage and row["step"] == step), {})
+        row = present | {"stage": self.stage, "step": step} | _nested(figures)
+        self._write([*rows, row])
+        if samples:
+            with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"stage": self.stage, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+        shown = {key: value for key, value in figures.items() if isinstance(value, int | float) and "/" not in key}
+        print(f"{self.stage} step {step}/{self.total_steps}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()), flush=True)
+        tracker = self._tracker()
+        if tracker is not None:
+            numbers = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
+            tracker.metrics(numbers, step, self.stage)
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was recorded of this stage after `step`."""
+        if rank() == 0:
+            self._write([row for row in self._read() if row["stage"] != self.stage or row["step"] <= step])
+
+    def note_peak(self) -> None:
+        """Keeps this worker's highest memory for the report."""
+        write_json({"gib": round(peak_memory_gib(), 2)}, self.folder / f"peak-{self.stage}.json")
+
+    def _read(self) -> list[dict]:
+        path = self.folder / HISTORY
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def _write(self, rows: list[dict]) -> None:
+        path = self.folder / HISTORY
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(path)
+
+    def _tracker(self):
+        if self.run_id is None or self.tracking_uri is None:
+            return None
+        from cluster.tracking import Tracker
+
+        if "tracker" not in self.__dict__:
+            self.__dict__["tracker"] = Tracker.attach(self.tracking_uri, self.run_id)
+        return self.__dict__["tracker"]
+
+
+class CheckpointCallback(TrainerCallback):
+    """Tells the recorder of each logged step, and Ray Train of each saved checkpoint (rank 0 attaches it)."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def on_log(self, args, state, control, logs=None, **_) -> None:
+        """Told by the trainer."""
+        figures = {key: value for key, value in (logs or {}).items() if value is not None and key != "epoch"}
+        if "train_runtime" not in figures and figures:
+            self.recorder.record(state.global_step, figures)
+
+    def on_save(self, args, state, control, **_) -> None:
+        """Told by the trainer."""
+        import ray.train
+
+        checkpoint = None
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if rank() == 0:
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
+
+
+def rank() -> int:
+    """This worker's rank, 0 outside a process group."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of training workers, 1 outside a process group."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def prepare_worker(train: Train) -> None:
+    """Threads of this worker; deterministic kernels are the CPU's default."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if not train.gpus_per_worker:
+        torch.set_num_threads(train.cpus_per_worker)
+
+
+def trainable(model: "PreTrainedModel", train: Train) -> "PreTrainedModel":
+    """The model as it is trained: whole, or with LoRA adapters."""
+    return model if train.lora is None else with_lora(model, train.lora)
+
+
+def with_lora(model: "PreTrainedModel", lora: Lora) -> "PreTrainedModel":
+    """The model with low-rank adapters on its linear layers; the head stays as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)
+
+
+def arguments(
+    folder: str, train: Train, seed: int, config_class: "type[TrainingArguments] | None" = None, **settings: Any
+) -> "TrainingArguments":
+    """Trainer arguments common to all stages; weights stay float32, bfloat16 is mixed precision."""
+    from transformers import TrainingArguments
+
+    sharded = {}
+    if train.strategy == "fsdp":
+        sharded = {"fsdp": True, "fsdp_config": {"version": 2, "activation_checkpointing": train.activation_checkpointing}}
+    return (config_class or TrainingArguments)(
+        output_dir=folder,
+        use_cpu=not train.gpus_per_worker,
+        bf16=train.precision == "bfloat16",
+        gradient_checkpointing=train.activation_checkpointing and train.strategy != "fsdp",
+        optim="adamw_torch",
+        seed=seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=train.checkpoint_every,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        **sharded,
+        **settings,
+    )
+
+
+def run(trainer: "Trainer", recorder: Recorder) -> None:
+    """Trains, from the newest checkpoint that Ray Train holds if there is one."""
+    import ray.train
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        recorder.rewind(0)
+        trainer.train()
+        return
+    with checkpoint.as_directory() as folder:
+        state = json.loads((Path(folder) / "trainer_state.json").read_text())
+        recorder.rewind(state["global_step"])
+        trainer.train(resume_from_checkpoint=str(folder))
+
+
+def save_final(
+    trainer: "Trainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    base: Path,
+    train: Train,
+    output: Path,
+    recorder: Recorder,
+) -> None:
+    """Writes the trained model as a plain Hugging Face directory: adapters merged, in the base model's precision.
+
+    All ranks take part (FSDP gathers); rank 0 writes, whole or not at all.
+    """
+    from cluster.models import load_model, save_directory
+
+    gathered = Path(trainer.args.output_dir) / "final"
+    trainer.save_model(str(gathered))
+    if rank() != 0:
+        return
+    recorder.note_peak()
+    if train.lora is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(load_model(base), gathered).merge_and_unload()
+    else:
+        model = load_model(gathered, train.precision)
+    save_directory(model, tokenizer, output)
+
+
+def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, train: Train, folder: Path) -> float:
+    """Runs `worker(task, recorder)` on every worker of a Ray Train group; returns the seconds it took.
+
+    `folder` keeps Ray Train's own state: the same folder again continues from the newest checkpoint. It is removed when
+    the stage is done.
+
+    Raises:
+        JobFailure: a worker failed more often than `train.max_failures`; the sentence is the first root cause.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    start = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    resources = {"CPU": train.cpus_per_worker}
+    trainer = TorchTrainer(
+        lambda _: worker(task, recorder),
+        train_loop_config={},
+        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers, use_gpu=bool(train.gpus_per_worker), resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent.resolve()),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise JobFailure(f"training stage {recorder.stage} failed: {root_cause(error)}") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    return time.perf_counter() - start
+
+
+def root_cause(error: BaseException) -> str:
+    """The last line of the innermost failure that Ray Train tells of."""
+    failures = getattr(error, "worker_failures", None) or {}
+    innermost = next(iter(failures.values()), error)
+    lines = [line.strip() for line in str(innermost).splitlines() if line.strip()]
+    return lines[-1] if lines else type(innermost).__name__
+
+
+def _nested(figures: dict[str, Any]) -> dict[str, Any]:
+    """ "seconds/rollout" becomes {"seconds": {"rollout": ...}}."""
+    row: dict[str, Any] = {}
+    for key, value in figures.items():
+        head, slash, tail = key.partition("/")
+        if slash:
+            row.setdefault(head, {})[tail] = value
+        else:
+            row[key] = value
+    return row
+
+
+def peak_memory_gib() -> float:
+    """Highest resident memory of this process so far, in GiB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peaks(folder: Path) -> dict[str, float]:
+    """Highest memory of a training worker by stage, in GiB, as the recorders of a run noted it."""
+    found = {path.stem.removeprefix("peak-"): read_json(path) for path in sorted(folder.glob("peak-*.json"))}
+    return {stage: content["gib"] for stage, content in found.items() if content}

@@ -1,0 +1,57 @@
+"""`python -m jobs.rule`: run, evaluate."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster import cli
+from cluster.config import load
+from jobs.rule.config import RuleConfig
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def run(
+    profile: cli.Profile = None,
+    config: cli.ConfigFile = None,
+    sets: cli.Set = None,
+    out: cli.Out = None,
+    fresh: cli.Fresh = False,
+    dry_run: cli.DryRun = False,
+) -> None:
+    """Unlearn a target: steer to refusals, then move the refusal boundary by reinforcement; report before and after."""
+    loaded = load(RuleConfig, profile, config or [], sets or [])
+    from jobs.rule import job
+
+    if dry_run:
+        job.dry_run(loaded)
+        return
+    print(job.main(loaded, out, fresh, _command()))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path | None, typer.Option(help="Model directory to compare with the original; none: only that.")] = None,
+    profile: cli.Profile = None,
+    config: cli.ConfigFile = None,
+    sets: cli.Set = None,
+    out: cli.Out = None,
+    fresh: cli.Fresh = False,
+) -> None:
+    """Every metric whose files lie in the data folder: probes, membership inference, utility sets, MUSE scores."""
+    loaded = load(RuleConfig, profile, config or [], sets or [])
+    from jobs.rule import job
+
+    print(job.evaluate(loaded, model, out, fresh, _command()))
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "jobs.rule", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(app))

@@ -1,0 +1,127 @@
+"""One model asked everything: probes always, the likelihood and benchmark metrics where `evaluate` asks for them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import Generation, Train
+from cluster.report import Metric
+from jobs.rule.config import Evaluation
+from jobs.rule.data import FORGET_KINDS, Probe
+from jobs.rule.probes import Answer, ask, known, probe_ids, probe_metrics
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What is asked of which model; `original` is the model before unlearning, for perplexities."""
+
+    model: Path
+    original: Path
+    probes: tuple[Probe, ...]
+    settings: Evaluation
+    generation: Generation
+    train: Train
+    seed: int
+    benchmarks: Path | None = None
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a model answered and what follows from it. `perplexities` are of the forget answers, under the original."""
+
+    answers: list[Answer]
+    perplexities: list[float]
+    benchmarks: dict[str, Metric]
+    seconds: float
+    peak_memory_gib: float
+
+
+def examine(task: Examination) -> Examined:
+    """Asks all probes and, where `task.benchmarks` names a folder, runs every benchmark whose files lie there."""
+    from cluster.generation import open_engine
+    from cluster.models import load_model, load_tokenizer
+    from cluster.training import peak_memory_gib
+    from jobs.rule.naturalness import perplexities
+
+    start = time.perf_counter()
+    tokenizer = load_tokenizer(task.model)
+    prompts = [probe_ids(tokenizer, probe, task.settings.prompt_form) for probe in task.probes]
+    max_tokens = max(map(len, prompts)) + task.settings.max_new_tokens
+    engine = open_engine(task.model, task.generation, task.train, max_tokens, task.seed)
+    answers = ask(engine, tokenizer, task.probes, task.settings, _progress)
+    asked = [index for index, probe in enumerate(task.probes) if probe.kind in FORGET_KINDS]
+    original = load_model(task.original)
+    fluency = perplexities(
+        original,
+        tokenizer,
+        [prompts[index] for index in asked],
+        [answers[index].completion for index in asked],
+        task.settings.max_batch_tokens,
+    )
+    benchmarks = {}
+    if task.benchmarks is not None:
+        from jobs.rule.benchmarks import run_benchmarks
+
+        model = original if task.model == task.original else load_model(task.model)
+        benchmarks = run_benchmarks(task.benchmarks, model, engine, tokenizer, task.settings, task.seed)
+    return Examined(answers, fluency, benchmarks, time.perf_counter() - start, peak_memory_gib())
+
+
+def score(
+    examined: Examined, original: Sequence[Answer], subject: str, settings: Evaluation, dictionary: Path, seed: int
+) -> dict[str, Metric]:
+    """All metrics of one examined model by name; `original` are the original model's answers to the same probes."""
+    is_known = known(original, settings.known_threshold)
+    metrics = probe_metrics(examined.answers, is_known, seed)
+    metrics |= _kept(examined.answers, original, is_known, seed)
+    metrics |= _naturalness(examined, subject, settings, dictionary, seed)
+    return metrics | examined.benchmarks
+
+
+def _kept(answers: Sequence[Answer], original: Sequence[Answer], is_known: Sequence[bool], seed: int) -> dict[str, Metric]:
+    """`kept/...`: ROUGE-L recall on known retained probes as a share of the original's, bootstrap over probes."""
+    import numpy as np
+
+    from jobs.scoring.intervals import statistic_interval
+
+    kept = {}
+    for name, kinds in (("neighbor", ("neighbor_fb", "neighbor_qa")), ("general", ("general",)), ("retain", None)):
+        kinds = kinds or ("neighbor_fb", "neighbor_qa", "general")
+        pairs = [
+            (after.rouge_l_recall, before.rouge_l_recall)
+            for after, before, knows in zip(answers, original, is_known, strict=True)
+            if knows and after.probe.kind in kinds
+        ]
+        if pairs:
+            ratio = statistic_interval(lambda rows: float(rows[:, 0].mean() / rows[:, 1].mean()), [np.array(pairs)], seed)
+            kept[f"kept/{name}"] = ratio
+    return kept
+
+
+def _naturalness(
+    examined: Examined, subject: str, settings: Evaluation, dictionary: Path, seed: int
+) -> dict[str, Metric]:
+    from cluster.models import load_tokenizer
+    from jobs.rule.naturalness import Answered, dictionary_of, judged_naturalness, naturalness, naturalness_report
+
+    answered = [
+        Answered(answer.probe.query, answer.completion, subject, answer.probe.answer)
+        for answer in examined.answers
+        if answer.probe.kind in FORGET_KINDS
+    ]
+    if not answered:
+        return {}
+    words = dictionary_of(load_tokenizer(dictionary))
+    scores = naturalness_report(naturalness(answered, examined.perplexities, words), seed)
+    metrics = {f"naturalness/{name}": metric for name, metric in scores.items()}
+    if settings.judge is not None:
+        from jobs.scoring.judge import Judge
+
+        judged = naturalness_report(judged_naturalness(answered, Judge(settings.judge)), seed)
+        metrics |= {f"naturalness_judged/{name}": metric for name, metric in judged.items()}
+    return metrics
+
+
+def _progress(done: int, total: int) -> None:
+    print(f"evaluation {done}/{total} probes", flush=True)

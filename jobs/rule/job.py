@@ -1,0 +1,325 @@
+"""RULE from a configuration to a report: read top to bottom like the paper's method section."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster import models, session, training
+from cluster.errors import UserError
+from cluster.report import digest, machine, read_json, write_json
+from cluster.tracking import Tracker, default_uri, masked
+from jobs.rule import report as reporting
+from jobs.rule.config import RuleConfig
+from jobs.rule.data import Probe, RuleData, load_data
+from jobs.rule.evaluate import Examination, Examined, examine, score
+from jobs.rule.plan import rule_plan
+from jobs.rule.probes import Answer
+from jobs.rule.stages import ReboTask, SteeringTask, rebo, steer
+
+EVALUATION_LIMIT_S = 6 * 3600
+
+
+@dataclass
+class Run:
+    """One run's folder, and what is already known in it: `state.json` survives the driver."""
+
+    config: RuleConfig
+    data: RuleData
+    source: models.ModelSource
+    folder: Path
+    command: str
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, **news: Any) -> None:
+        """Adds to the state and writes it."""
+        self.state |= news
+        write_json(self.state, self.folder / "state.json")
+
+    @contextmanager
+    def phase(self, name: str):
+        """Times a phase that was not done yet."""
+        start = time.perf_counter()
+        yield
+        self.save(seconds=self.state.get("seconds", {}) | {name: round(time.perf_counter() - start, 2)})
+
+
+def main(config: RuleConfig, out: Path | None = None, fresh: bool = False, command: str = "") -> Path:
+    """Unlearns one target; returns the path of report.json.
+
+    Raises:
+        UserError: what its author can mend in configuration, data or model.
+        JobFailure: a stage failed for good.
+    """
+    run = prepare(config, out, fresh, command)
+    finished = run.folder / "report.json"
+    if finished.exists():
+        print(f"this run is finished (--fresh starts it over): {run.folder}")
+        show(read_json(finished))
+        return finished
+    with exclusively(run.folder), tracked(run, "rule") as tracker, session.connected(config):
+        original = evaluated(run, "original", run.source.path)
+        steered = steering(run, tracker)
+        after_steering = evaluated(run, "steered", steered)
+        unlearned = boundary_optimisation(run, tracker, steered)
+        after_rebo = evaluated(run, "unlearned", unlearned)
+        examined = {"original": original, "steered": after_steering, "unlearned": after_rebo}
+        return conclude(run, tracker, examined, unlearned)
+
+
+def evaluate(
+    config: RuleConfig, model: Path | None, out: Path | None = None, fresh: bool = False, command: str = ""
+) -> Path:
+    """Every metric of RULE 1.5 whose files are there, for the original model and for `model`; returns report.json."""
+    checkpoint = None if model is None else models.resolve(str(model)).path
+    run = prepare(config, out, fresh, command, what=f"evaluate-{digest(str(checkpoint))[:6]}")
+    finished = run.folder / "report.json"
+    if finished.exists():
+        show(read_json(finished))
+        return finished
+    with exclusively(run.folder), tracked(run, "rule-evaluate") as tracker, session.connected(config):
+        examined = {"original": evaluated(run, "original", run.source.path, benchmarks=True)}
+        if checkpoint is not None:
+            examined["unlearned"] = evaluated(run, "unlearned", checkpoint, benchmarks=True)
+        return conclude(run, tracker, examined, None)
+
+
+def prepare(config: RuleConfig, out: Path | None, fresh: bool, command: str, what: str = "") -> Run:
+    """Everything that can be wrong is found here, before anything is started or written."""
+    rule = config.rule
+    data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
+    source = models.resolve(rule.model, rule.revision)
+    plan = rule_plan(config, data, source.path)
+    plan.require_fit()
+    identity = digest(
+        [config.model_dump(include={"rule", "train", "generation"}), source.name, source.version, data_digest(data), what]
+    )
+    folder = (out or session.storage(config) / "rule" / f"{what}{'-' if what else ''}{identity}").resolve()
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    state = read_json(folder / "state.json") or {}
+    if state and state["identity"] != identity:
+        raise UserError(f"{folder} holds a run of another configuration; take another --out, or --fresh to replace it")
+    run = Run(config, data, source, folder, command, state)
+    run.save(identity=identity)
+    return run
+
+
+def data_digest(data: RuleData) -> str:
+    """What pins the questions that a run saw."""
+    parts = [[vars(row) for row in rows] for rows in (data.refusals, data.items, data.probes)]
+    return digest([data.target, parts])
+
+
+@contextmanager
+def exclusively(folder: Path):
+    """No two drivers in one folder."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another job is working in {folder}; wait for it, or take another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def tracked(run: Run, name: str):
+    """The job's MLflow run: a new one, or the one that an earlier driver of this run began."""
+    tracking, storage = run.config.tracking, session.storage(run.config)
+    uri = tracking.uri or run.state.get("tracking_uri") or default_uri(storage)
+    with Tracker.open(
+        uri,
+        tracking.experiment,
+        f"{name}-{run.folder.name}",
+        run.config.model_dump(),
+        {"data_digest": data_digest(run.data), "target": run.data.target, "model": run.source.name},
+        run.state.get("mlflow_run_id"),
+        storage,
+    ) as tracker:
+        run.save(mlflow_run_id=tracker.run_id, tracking_uri=uri)
+        yield tracker
+
+
+def evaluated(run: Run, stage: str, model: Path, benchmarks: bool = False) -> Examined:
+    """The model's answers and perplexities, asked once a run and kept in `answers/STAGE.json`."""
+    kept = run.folder / "answers" / f"{stage}.json"
+    known = read_json(kept)
+    if known is None:
+        rule = run.config.rule
+        task = Examination(
+            model,
+            run.source.path,
+            chosen_probes(run),
+            rule.evaluation,
+            run.config.generation,
+            run.config.train,
+            rule.seed,
+            run.data.folder if benchmarks else None,
+        )
+        with run.phase(f"evaluation of {stage}"):
+            examined = session.on_worker(examine, run.config, task, seconds=EVALUATION_LIMIT_S)
+        write_json(_packed(examined), kept)
+        return examined
+    return _unpacked(known)
+
+
+def chosen_probes(run: Run) -> tuple[Probe, ...]:
+    """All probes, neighbours cut to `rule.evaluation.neighbors` a kind where that is set."""
+    limit = run.config.rule.evaluation.neighbors
+    if limit is None:
+        return run.data.probes
+    seen: dict[str, int] = {}
+    chosen = []
+    for probe in run.data.probes:
+        seen[probe.kind] = seen.get(probe.kind, 0) + 1
+        if not probe.kind.startswith("neighbor") or seen[probe.kind] <= limit:
+            chosen.append(probe)
+    return tuple(chosen)
+
+
+def steering(run: Run, tracker: Tracker) -> Path:
+    """Stage 1: the model learns that it may refuse."""
+    rule, config = run.config.rule, run.config
+    boundary = tuple(item.prompt for item in run.data.items if item.label == "normal")
+    task = SteeringTask(
+        run.source.path,
+        run.folder / "steered",
+        run.data.refusals,
+        boundary,
+        rule.steering,
+        config.train,
+        config.generation,
+        rule.rebo.max_completion_tokens,
+        rule.seed,
+    )
+    steps = -(-len(run.data.refusals) // rule.steering.batch_size) * rule.steering.epochs
+    return trained(run, tracker, "steering", steer, task, round(steps))
+
+
+def boundary_optimisation(run: Run, tracker: Tracker, steered: Path) -> Path:
+    """Stage 2: reinforcement moves the boundary of what it refuses to where the target ends."""
+    rule, config = run.config.rule, run.config
+    reference = steered if rule.rebo.reference == "steered" else run.source.path
+    task = ReboTask(
+        steered,
+        reference,
+        run.folder / "model",
+        run.data.items,
+        rule.rebo,
+        config.train,
+        config.generation,
+        rule.seed,
+    )
+    return trained(run, tracker, "rebo", rebo, task, rule.rebo.steps * rule.rebo.updates_per_rollout)
+
+
+def trained(run: Run, tracker: Tracker, stage: str, worker: Callable, task: Any, steps: int) -> Path:
+    """Runs a stage on Ray Train unless its model is there already."""
+    if not (task.output / "config.json").exists():
+        recorder = training.Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
+        with run.phase(stage):
+            training.fit(worker, task, recorder, run.config.train, run.folder / f"train-{stage}")
+    return task.output
+
+
+def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearned: Path | None) -> Path:
+    """Scores, report.json, tables, plots, samples, model card; the same to MLflow."""
+    from jobs.rule.plots import plots
+
+    rule, folder = run.config.rule, run.folder
+    original = examined["original"].answers
+    with run.phase("scoring"):
+        metrics = {
+            stage: score(one, original, run.data.target, rule.evaluation, run.source.path, rule.seed)
+            for stage, one in examined.items()
+        }
+    history = _lines(folder / training.HISTORY)
+    content = {
+        "system": "rule",
+        "targets": [run.data.target],
+        "model": run.source.name,
+        "command": run.command,
+        "configuration": run.config.model_dump(),
+        "data_digests": {rule.data: data_digest(run.data)},
+        "model_version": run.source.version,
+        "machine": machine(),
+        "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id},
+        "metrics": {stage: {name: m.to_json() for name, m in found.items()} for stage, found in metrics.items()},
+        "seconds": run.state["seconds"],
+        "step_seconds": reporting.step_seconds(history),
+        "peak_memory_gib": {stage: round(one.peak_memory_gib, 2) for stage, one in examined.items()}
+        | training.peaks(folder),
+        "versions": reporting.versions(),
+    }
+    for path in plots(content, history, folder / "plots"):
+        tracker.artifact(path, "plots")
+    for stage, one in examined.items():
+        rows = [answer.to_json() for answer in one.answers]
+        reporting.samples_jsonl(rows, folder / "samples" / f"{stage}.jsonl")
+        tracker.samples(rows, stage)
+        flat = {name: metric.value for name, metric in metrics[stage].items()}
+        tracker.metrics(flat, step=list(examined).index(stage), stage="evaluation")
+    if unlearned is not None:
+        reporting.write_markdown(content, unlearned / "README.md")
+        name = run.config.tracking.register_as or f"rule-{run.data.target.lower().replace(' ', '-')}"
+        content["registered_model"] = {"name": name, "alias": "unlearned"}
+        content["registered_model"]["version"] = tracker.model(unlearned, name, "unlearned")
+        content["checkpoint"] = str(unlearned)
+    path = write_json(content, folder / "report.json")
+    tracker.artifact(path)
+    show(content)
+    return path
+
+
+def dry_run(config: RuleConfig) -> None:
+    """Prints the resolved configuration and the plans; refuses a plan that cannot fit."""
+    import yaml
+
+    rule = config.rule
+    data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
+    plan = rule_plan(config, data, models.resolve(rule.model, rule.revision).path)
+    print(yaml.safe_dump(masked(config.model_dump()), sort_keys=False))
+    plan.show()
+    plan.require_fit()
+
+
+def show(content: dict) -> None:
+    """The tables of a report on the console."""
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 110)
+    console.print(reporting.table(content))
+    other = reporting.other_table(content)
+    if other is not None:
+        console.print(other)
+
+
+def _packed(examined: Examined) -> dict:
+    return vars(examined) | {
+        "answers": [vars(answer) | {"probe": vars(answer.probe)} for answer in examined.answers],
+        "benchmarks": {name: metric.to_json() for name, metric in examined.benchmarks.items()},
+    }
+
+
+def _unpacked(content: dict) -> Examined:
+    from cluster.report import Metric
+
+    answers = [Answer(**row | {"probe": Probe(**row["probe"])}) for row in content["answers"]]
+    benchmarks = {
+        name: Metric(metric["value"], tuple(metric["ci95"]), metric["n"], metric["seed"])
+        for name, metric in content["benchmarks"].items()
+    }
+    return Examined(**content | {"answers": answers, "benchmarks": benchmarks})
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
