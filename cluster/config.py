@@ -64,7 +64,6 @@ class Generation(Section):
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     max_batch_sequences: int = Field(default=64, ge=1)
     gpu_memory_utilization: float = Field(default=0.35, gt=0, lt=1)
-    tensor_parallel_size: int = Field(default=1, ge=1)
 
 
 class Tracking(Section):

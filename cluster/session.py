@@ -10,10 +10,12 @@ from cluster.config import Config
 from cluster.errors import JobFailure, UserError
 
 # Ray redirects print() in training workers, which breaks dill's use of dis inside `datasets` (thousands of log lines).
+# Threads that spin while they wait cost a factor of ten as soon as anything else runs on the cores.
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
+    "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYWARD_CACHE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
@@ -48,7 +50,9 @@ def connected(config: Config) -> Iterator[None]:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, ValueError) as error:
-        raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`") from None
+        raise UserError(
+            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`"
+        ) from None
     try:
         _require_room(config)
         yield
@@ -66,7 +70,9 @@ def on_worker(function, config: Config, *arguments, seconds: float):
     from ray.exceptions import GetTimeoutError, RayTaskError, WorkerCrashedError
 
     train = config.train
-    task = ray.remote(num_cpus=train.cpus_per_worker, num_gpus=train.gpus_per_worker, max_calls=1, max_retries=1)(function)
+    task = ray.remote(num_cpus=train.cpus_per_worker, num_gpus=train.gpus_per_worker, max_calls=1, max_retries=1)(
+        function
+    )
     reference = task.remote(*arguments)
     try:
         return ray.get(reference, timeout=seconds)

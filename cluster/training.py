@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from cluster.errors import JobFailure
 from cluster.report import read_json, write_json
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 HISTORY = "history.jsonl"
@@ -49,9 +52,14 @@ class Recorder:
         self._write([*rows, row])
         if samples:
             with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"stage": self.stage, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+                file.writelines(
+                    json.dumps({"stage": self.stage, **sample}, ensure_ascii=False) + "\n" for sample in samples
+                )
         shown = {key: value for key, value in figures.items() if isinstance(value, int | float) and "/" not in key}
-        print(f"{self.stage} step {step}/{self.total_steps}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()), flush=True)
+        print(
+            f"{self.stage} step {step}/{self.total_steps}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()),
+            flush=True,
+        )
         tracker = self._tracker()
         if tracker is not None:
             numbers = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
@@ -160,7 +168,10 @@ def arguments(
 
     sharded = {}
     if train.strategy == "fsdp":
-        sharded = {"fsdp": True, "fsdp_config": {"version": 2, "activation_checkpointing": train.activation_checkpointing}}
+        sharded = {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "activation_checkpointing": train.activation_checkpointing},
+        }
     return (config_class or TrainingArguments)(
         output_dir=folder,
         use_cpu=not train.gpus_per_worker,
@@ -196,6 +207,11 @@ def run(trainer: "Trainer", recorder: Recorder) -> None:
         state = json.loads((Path(folder) / "trainer_state.json").read_text())
         recorder.rewind(state["global_step"])
         trainer.train(resume_from_checkpoint=str(folder))
+
+
+def exchanging(accelerator: "Accelerator", model: "torch.nn.Module", last: bool) -> AbstractContextManager:
+    """Gradients are exchanged between ranks in the last backward pass of a step only."""
+    return nullcontext() if last else accelerator.no_sync(model)
 
 
 def save_final(

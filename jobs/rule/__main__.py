@@ -35,7 +35,9 @@ def run(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path | None, typer.Option(help="Model directory to compare with the original; none: only that.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory to compare with the original; none: only that.")
+    ] = None,
     profile: cli.Profile = None,
     config: cli.ConfigFile = None,
     sets: cli.Set = None,

@@ -79,7 +79,9 @@ def score(
     return metrics | examined.benchmarks
 
 
-def _kept(answers: Sequence[Answer], original: Sequence[Answer], is_known: Sequence[bool], seed: int) -> dict[str, Metric]:
+def _kept(
+    answers: Sequence[Answer], original: Sequence[Answer], is_known: Sequence[bool], seed: int
+) -> dict[str, Metric]:
     """`kept/...`: ROUGE-L recall on known retained probes as a share of the original's, bootstrap over probes."""
     import numpy as np
 
@@ -94,7 +96,9 @@ def _kept(answers: Sequence[Answer], original: Sequence[Answer], is_known: Seque
             if knows and after.probe.kind in kinds
         ]
         if pairs:
-            ratio = statistic_interval(lambda rows: float(rows[:, 0].mean() / rows[:, 1].mean()), [np.array(pairs)], seed)
+            ratio = statistic_interval(
+                lambda rows: float(rows[:, 0].mean() / rows[:, 1].mean()), [np.array(pairs)], seed
+            )
             kept[f"kept/{name}"] = ratio
     return kept
 

@@ -19,7 +19,8 @@ from jobs.rule.data import Probe, RuleData, load_data
 from jobs.rule.evaluate import Examination, Examined, examine, score
 from jobs.rule.plan import rule_plan
 from jobs.rule.probes import Answer
-from jobs.rule.stages import ReboTask, SteeringTask, rebo, steer
+from jobs.rule.rebo import ReboTask, rebo
+from jobs.rule.steering import SteeringTask, steer
 
 EVALUATION_LIMIT_S = 6 * 3600
 
@@ -96,7 +97,13 @@ def prepare(config: RuleConfig, out: Path | None, fresh: bool, command: str, wha
     plan = rule_plan(config, data, source.path)
     plan.require_fit()
     identity = digest(
-        [config.model_dump(include={"rule", "train", "generation"}), source.name, source.version, data_digest(data), what]
+        [
+            config.model_dump(include={"rule", "train", "generation"}),
+            source.name,
+            source.version,
+            data_digest(data),
+            what,
+        ]
     )
     folder = (out or session.storage(config) / "rule" / f"{what}{'-' if what else ''}{identity}").resolve()
     if fresh and folder.exists():

@@ -7,7 +7,7 @@ checkpoints. Three things make a step cheaper than TRL's at the same result: a p
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from cluster import training
 from cluster.generation import Completion, Generator, Sampling
 from jobs.rule.config import Rebo
 from jobs.rule.data import Item
@@ -112,7 +113,7 @@ class ReboTrainer(GRPOTrainer):
         with self._timed("update"):
             for index, row in enumerate(batch.rows):
                 last = index + 1 == len(batch.rows)
-                with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                with training.exchanging(self.accelerator, model, last), self.compute_loss_context_manager():
                     logprobs = row_logprobs(model, row, self.temperature)
                     if first_update:
                         batch.old.append(logprobs.detach())
@@ -162,7 +163,10 @@ class ReboTrainer(GRPOTrainer):
             completions = self.engine.generate([self.item_prompts[i] for i in indices], sampling)
         with self._timed("reward"):
             rewards = torch.tensor(
-                [[self.reward(c.text, self.items[i]) for c in group] for i, group in zip(indices, completions, strict=True)]
+                [
+                    [self.reward(c.text, self.items[i]) for c in group]
+                    for i, group in zip(indices, completions, strict=True)
+                ]
             )
             advantages = group_advantages(rewards)
         groups = [

@@ -1,24 +1,25 @@
-"""The two training stages of RULE as functions that Ray Train calls on every worker."""
+"""Stage 1 of RULE, rejection steering, as Ray Train runs it on every worker."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+import torch
+from transformers import Trainer, TrainerCallback
 
 from cluster import training
 from cluster.config import Generation, Train
-from cluster.generation import Generator, Sampling, TransformersEngine
+from cluster.generation import Sampling, TransformersEngine
 from cluster.models import chat_ids, load_model, load_tokenizer, stop_ids
-from jobs.rule.config import Rebo, Steering
-from jobs.rule.data import Item, Refusal, schedule
+from jobs.rule.config import Steering
+from jobs.rule.data import Refusal
+from jobs.rule.packing import Group, can_share, pack, plain_rows, plan_rows, row_logprobs
 from jobs.rule.reward import refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState
-
-    from jobs.rule.trainer import ReboTrainer
 
 CHECKED_QUESTIONS = 32
 
@@ -38,28 +39,12 @@ class SteeringTask:
     seed: int
 
 
-@dataclass(frozen=True)
-class ReboTask:
-    """What a worker of stage 2 needs: `model` is the stage-1 policy, `reference` the model that the KL term holds to."""
-
-    model: Path
-    reference: Path
-    output: Path
-    items: tuple[Item, ...]
-    settings: Rebo
-    train: Train
-    generation: Generation
-    seed: int
-
-
 def steer(task: SteeringTask, recorder: training.Recorder) -> None:
-    """Stage 1, rejection steering: plain cross-entropy on the refusal alone (RULE, stage 1)."""
-    from transformers import DataCollatorForSeq2Seq, Trainer
-
+    """Plain cross-entropy on the refusal alone (RULE, stage 1)."""
     training.prepare_worker(task.train)
     tokenizer = load_tokenizer(task.model)
     model = training.trainable(load_model(task.model), task.train)
-    rows = [_refusal_row(tokenizer, row, task.settings.max_tokens) for row in task.refusals]
+    rows = [refusal_ids(tokenizer, row, task.settings.max_tokens) for row in task.refusals]
     world = training.world_size()
     steps_per_epoch = -(-len(rows) // task.settings.batch_size)
     with tempfile.TemporaryDirectory(prefix="steer-") as folder:
@@ -72,6 +57,7 @@ def steer(task: SteeringTask, recorder: training.Recorder) -> None:
             learning_rate=task.settings.learning_rate,
             lr_scheduler_type=task.settings.schedule,
             warmup_steps=task.settings.warmup_steps,
+            remove_unused_columns=False,
         )
         stop_after = task.settings.stop_after_epochs
         callbacks = [training.CheckpointCallback(recorder)]
@@ -79,84 +65,55 @@ def steer(task: SteeringTask, recorder: training.Recorder) -> None:
             callbacks.append(StopAtRefusal(task, tokenizer, recorder))
         if stop_after is not None and stop_after < task.settings.epochs:
             callbacks.append(StopAtStep(round(stop_after * steps_per_epoch)))
-        trainer = Trainer(
+        trainer = SteeringTrainer(
             model=model,
             args=arguments,
             train_dataset=rows,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+            data_collator=lambda batch: batch,
             callbacks=callbacks,
         )
+        trainer.tokens_per_row = task.train.tokens_per_row
         training.run(trainer, recorder)
         training.save_final(trainer, tokenizer, task.model, task.train, task.output, recorder)
 
 
-def rebo(task: ReboTask, recorder: training.Recorder) -> None:
-    """Stage 2, refusal boundary optimisation."""
-    from trl import GRPOConfig
+class SteeringTrainer(Trainer):
+    """Cross-entropy over packed rows: the template's beginning is computed once a row, logits at refusals only."""
 
-    from jobs.rule.trainer import ReboTrainer
+    tokens_per_row: int
 
-    training.prepare_worker(task.train)
-    settings, world = task.settings, training.world_size()
-    tokenizer = load_tokenizer(task.model)
-    model = training.trainable(load_model(task.model), task.train)
-    prompts = [chat_ids(tokenizer, item.prompt) for item in task.items]
-    with tempfile.TemporaryDirectory(prefix="rebo-") as folder:
-        arguments = training.arguments(
-            folder,
-            task.train,
-            task.seed,
-            config_class=GRPOConfig,
-            per_device_train_batch_size=settings.prompts_per_step * settings.completions_per_prompt // world,
-            num_generations=settings.completions_per_prompt,
-            num_iterations=settings.updates_per_rollout,
-            steps_per_generation=1,
-            max_steps=settings.steps * settings.updates_per_rollout,
-            max_completion_length=settings.max_completion_tokens,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="constant",
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            beta=settings.kl_coefficient,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            shuffle_dataset=False,
-        )
-        trainer = ReboTrainer(
-            model=model,
-            tokenizer=tokenizer,
-            args=arguments,
-            settings=settings,
-            items=task.items,
-            prompts=prompts,
-            order=schedule(task.items, settings.steps, settings.prompts_per_step, task.seed),
-            engine_of=lambda owner: rollout_engine(owner, task),
-            reference=task.reference,
-            tokens_per_row=task.train.tokens_per_row,
-            callbacks=[training.CheckpointCallback(recorder)],
-        )
-        training.run(trainer, recorder)
-        training.save_final(trainer, tokenizer, task.model, task.train, task.output, recorder)
+    def training_step(
+        self, model: torch.nn.Module, inputs: Sequence[dict[str, list[int]]], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One forward and backward pass a row; the loss is the mean over all refusal tokens of all ranks."""
+        model.train()
+        device = self.accelerator.device
+        groups = [Group(row["prompt"], [row["refusal"]], index) for index, row in enumerate(inputs)]
+        rows = plan_rows(groups, self.tokens_per_row) if can_share(self.model_config()) else plain_rows(groups)
+        tokens = torch.tensor(float(sum(len(row["refusal"]) for row in inputs)), device=device)
+        tokens = self.accelerator.reduce(tokens, reduction="sum")
+        most = int(self.accelerator.gather(torch.tensor([len(rows)], device=device)).max())
+        total = torch.zeros((), device=device)
+        # A rank with fewer rows repeats its last one at weight 0: FSDP needs every rank in every forward pass.
+        for index in range(most):
+            weight = float(index < len(rows)) * self.accelerator.num_processes
+            row = pack(rows[min(index, len(rows) - 1)]).to(device)
+            with training.exchanging(self.accelerator, model, index + 1 == most), self.compute_loss_context_manager():
+                loss = -row_logprobs(model, row, 1.0).sum() * weight / tokens
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return self.accelerator.reduce(total, reduction="mean")
+
+    def model_config(self) -> Any:
+        """The configuration of the model, whatever wraps it."""
+        return self.accelerator.unwrap_model(self.model).config
 
 
-def rollout_engine(owner: "ReboTrainer", task: ReboTask) -> Generator:
-    """The engine of the rollouts: the policy itself, or vLLM beside it with the policy's weights brought in each step."""
-    if task.generation.engine == "vllm":
-        from cluster.vllm_engine import ColocatedEngine
-
-        context = task.settings.max_prompt_tokens + task.settings.max_completion_tokens
-        return ColocatedEngine(owner, task.generation, context)
-    policy = owner.accelerator.unwrap_model(owner.model)
-    return TransformersEngine(
-        policy, owner.processing_class, stop_ids(policy, owner.processing_class), task.generation.max_batch_sequences
-    )
-
-
-def _refusal_row(tokenizer: "PreTrainedTokenizerBase", row: Refusal, max_tokens: int) -> dict[str, list[int]]:
+def refusal_ids(tokenizer: "PreTrainedTokenizerBase", row: Refusal, max_tokens: int) -> dict[str, list[int]]:
+    """Token ids of question and refusal, the latter with the end token and cut so that both fit `max_tokens`."""
     prompt = chat_ids(tokenizer, row.prompt)
-    answer = tokenizer(row.refusal, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    ids = (prompt + answer)[:max_tokens]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ([-100] * len(prompt) + answer)[:max_tokens]}
+    refusal = [*tokenizer(row.refusal, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return {"prompt": prompt, "refusal": refusal[: max_tokens - len(prompt)]}
 
 
 class StopAtStep(TrainerCallback):

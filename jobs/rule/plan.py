@@ -1,0 +1,122 @@
+"""The plan of a RULE run: the batches of both stages, their memory, and whether every question fits."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.errors import UserError
+from cluster.memory import ModelShape, Node, Pass, Rollouts, memory_plan
+from cluster.models import chat_ids
+from cluster.plan import Plan, batch_plan
+from jobs.rule.config import RuleConfig
+from jobs.rule.data import RuleData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sizes of the training data, in tokens of the model's tokenizer with its chat template.
+
+    refusals: rows of stage 1. longest_refusal: question and refusal of the longest one, before any cut.
+    longest_prompt, mean_prompt: of the questions of stage 2.
+    """
+
+    refusals: int
+    longest_refusal: int
+    longest_prompt: int
+    mean_prompt: float
+
+
+def measure(config: RuleConfig, data: RuleData, tokenizer: "PreTrainedTokenizerBase", context: int) -> Lengths:
+    """Tokenises the training questions; `context` is the longest sequence that the model takes, in tokens.
+
+    Raises:
+        UserError: a question is longer than `rebo.max_prompt_tokens`, or leaves no room for a completion in the
+            context; or the question of a refusal fills `steering.max_tokens` alone. The row and the remedy are named.
+    """
+    rule = config.rule
+    most = rule.rebo.max_completion_tokens
+    prompts = []
+    for index, item in enumerate(data.items):
+        size = len(chat_ids(tokenizer, item.prompt))
+        where = f"question {index} of stage 2 ({_begin(item.prompt)}) has {size} tokens"
+        if size > rule.rebo.max_prompt_tokens:
+            allowed = f"rule.rebo.max_prompt_tokens = {rule.rebo.max_prompt_tokens}"
+            raise UserError(f"{where}, more than {allowed}; raise it or shorten the question")
+        if size + most > context:
+            both = f"with rule.rebo.max_completion_tokens = {most} more than the model's context of {context}"
+            raise UserError(f"{where}, {both}; lower it or shorten the question")
+        prompts.append(size)
+    longest = 0
+    for index, row in enumerate(data.refusals):
+        size = len(chat_ids(tokenizer, row.prompt))
+        allowed = min(rule.steering.max_tokens, context)
+        if size >= allowed:
+            where = f"question {index} of stage 1 ({_begin(row.prompt)}) has {size} tokens"
+            raise UserError(
+                f"{where} and leaves none of rule.steering.max_tokens = {allowed} for its refusal; shorten it"
+            )
+        longest = max(longest, size + 1 + len(tokenizer(row.refusal, add_special_tokens=False)["input_ids"]))
+    return Lengths(len(data.refusals), longest, max(prompts), sum(prompts) / len(prompts))
+
+
+def rule_plan(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) -> Plan:
+    """Batches and memory of both stages.
+
+    Raises:
+        UserError: a batch cannot be dealt equally to the workers. A plan that does not fit is told by `Plan.refusal`.
+    """
+    rule, train = config.rule, config.train
+    steering, rebo, workers = rule.steering, rule.rebo, train.num_workers
+    epochs = min(steering.epochs, steering.stop_after_epochs or steering.epochs)
+    first = batch_plan(
+        "steering",
+        "rule.steering.batch_size",
+        steering.batch_size,
+        steps=round(epochs * math.ceil(lengths.refusals / steering.batch_size)),
+        workers=workers,
+    )
+    group = rebo.completions_per_prompt * rebo.max_completion_tokens
+    second = batch_plan(
+        "rebo",
+        "rule.rebo.prompts_per_step",
+        rebo.prompts_per_step,
+        steps=rebo.steps,
+        workers=workers,
+        completions_per_prompt=rebo.completions_per_prompt,
+        updates_per_batch=rebo.updates_per_rollout,
+        group_tokens=math.ceil(lengths.mean_prompt) + group,
+        tokens_per_row=train.tokens_per_row,
+    )
+    row = min(lengths.longest_refusal, steering.max_tokens)
+    here = steering.batch_size // workers * row
+    steering_memory = memory_plan(
+        shape,
+        train,
+        config.generation,
+        node,
+        # the trainer computes the logits of every position
+        largest=Pass(here, here, "rule.steering.batch_size", row * workers, row),
+    )
+    largest_group = lengths.longest_prompt + group
+    tokens = max(largest_group, min(train.tokens_per_row, rebo.prompts_per_step // workers * largest_group))
+    rebo_memory = memory_plan(
+        shape,
+        train,
+        config.generation,
+        node,
+        largest=Pass(tokens, math.ceil(tokens * group / (group + lengths.mean_prompt)), smallest=largest_group),
+        rollouts=Rollouts(
+            rebo.prompts_per_step // workers * rebo.completions_per_prompt,
+            lengths.longest_prompt + rebo.max_completion_tokens,
+        ),
+        reference=rebo.kl_coefficient > 0,
+        colocated_engine=config.generation.engine == "vllm",
+    )
+    return Plan((first, second), {"steering": steering_memory, "rebo": rebo_memory})
+
+
+def _begin(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")

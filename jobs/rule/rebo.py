@@ -1,0 +1,92 @@
+"""Stage 2 of RULE, refusal boundary optimisation, as Ray Train runs it on every worker."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster import training
+from cluster.config import Generation, Train
+from cluster.generation import Generator, TransformersEngine
+from cluster.models import chat_ids, load_model, load_tokenizer, stop_ids
+from jobs.rule.config import Rebo
+from jobs.rule.data import Item, schedule
+
+if TYPE_CHECKING:
+    from jobs.rule.trainer import ReboTrainer
+
+
+@dataclass(frozen=True)
+class ReboTask:
+    """What a worker of stage 2 needs: `model` is the stage-1 policy, `reference` the model that the KL term holds to."""
+
+    model: Path
+    reference: Path
+    output: Path
+    items: tuple[Item, ...]
+    settings: Rebo
+    train: Train
+    generation: Generation
+    seed: int
+
+
+def rebo(task: ReboTask, recorder: training.Recorder) -> None:
+    """On-policy reinforcement over forget and boundary questions (RULE, stage 2)."""
+    from trl import GRPOConfig
+
+    from jobs.rule.trainer import ReboTrainer
+
+    training.prepare_worker(task.train)
+    settings, world = task.settings, training.world_size()
+    tokenizer = load_tokenizer(task.model)
+    model = training.trainable(load_model(task.model), task.train)
+    prompts = [chat_ids(tokenizer, item.prompt) for item in task.items]
+    with tempfile.TemporaryDirectory(prefix="rebo-") as folder:
+        arguments = training.arguments(
+            folder,
+            task.train,
+            task.seed,
+            config_class=GRPOConfig,
+            per_device_train_batch_size=settings.prompts_per_step * settings.completions_per_prompt // world,
+            num_generations=settings.completions_per_prompt,
+            num_iterations=settings.updates_per_rollout,
+            steps_per_generation=1,
+            max_steps=settings.steps * settings.updates_per_rollout,
+            max_completion_length=settings.max_completion_tokens,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="constant",
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            beta=settings.kl_coefficient,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            shuffle_dataset=False,
+        )
+        trainer = ReboTrainer(
+            model=model,
+            tokenizer=tokenizer,
+            args=arguments,
+            settings=settings,
+            items=task.items,
+            prompts=prompts,
+            order=schedule(task.items, settings.steps, settings.prompts_per_step, task.seed),
+            engine_of=lambda owner: rollout_engine(owner, task),
+            reference=task.reference,
+            tokens_per_row=task.train.tokens_per_row,
+            callbacks=[training.CheckpointCallback(recorder)],
+        )
+        training.run(trainer, recorder)
+        training.save_final(trainer, tokenizer, task.model, task.train, task.output, recorder)
+
+
+def rollout_engine(owner: "ReboTrainer", task: ReboTask) -> Generator:
+    """The engine of the rollouts: the policy itself, or vLLM beside it with the policy's weights brought in each step."""
+    if task.generation.engine == "vllm":
+        from cluster.vllm_engine import RolloutEngine
+
+        context = task.settings.max_prompt_tokens + task.settings.max_completion_tokens
+        return RolloutEngine(owner, task.generation, context)
+    policy = owner.accelerator.unwrap_model(owner.model)
+    return TransformersEngine(
+        policy, owner.processing_class, stop_ids(policy, owner.processing_class), task.generation.max_batch_sequences
+    )

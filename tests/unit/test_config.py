@@ -1,0 +1,147 @@
+"""Configuration: which source wins, what a mistake says, and that `ray_config.yaml` shows every dial."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config import DEFAULT_FILE, leaves, load
+from cluster.errors import UserError
+from jobs.rule.config import RuleConfig
+
+ROOT = Path(__file__).parents[2]
+SHOWN_IN_COMMENTS = {"train.lora": "train", "rule.evaluation.judge": "rule"}
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A base file with one profile, a file over it, and an environment, each with its own number of steps."""
+    base = tmp_path / "base.yaml"
+    base.write_text("rule: {rebo: {steps: 1}}\nprofiles: {small: {rule: {rebo: {steps: 2}}}}\n")
+    over = tmp_path / "over.yaml"
+    over.write_text("rule: {rebo: {steps: 3}}\n")
+    later = tmp_path / "later.yaml"
+    later.write_text("rule: {rebo: {steps: 4}}\n")
+    return {
+        "base": base,
+        "profile": "small",
+        "files": [over, later],
+        "environ": {"RAYWARD__RULE__REBO__STEPS": "5", "RAYWARD_CACHE": "elsewhere"},
+        "sets": ["rule.rebo.steps=6", "rule.rebo.steps=7"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ([], 1),
+        (["profile"], 2),
+        (["profile", "files"], 4),
+        (["profile", "files", "environ"], 5),
+        (["profile", "files", "environ", "sets"], 7),
+        (["sets"], 7),
+    ],
+)
+def test_later_sources_win(sources, given, steps):
+    chosen = {"environ": {}} | {name: sources[name] for name in given}
+    assert load(RuleConfig, base=sources["base"], **chosen).rule.rebo.steps == steps
+
+
+def test_what_a_source_leaves_out_stays():
+    config = load(RuleConfig, "laptop", sets=["rule.rebo.reward.target_bonus=0.1"], environ={})
+    assert config.rule.rebo.reward.target_bonus == 0.1
+    assert config.rule.rebo.reward.behave_weight == 0.7
+    assert config.rule.rebo.learning_rate == 1e-5
+
+
+def test_null_sections_are_filled_by_dotted_keys():
+    config = load(RuleConfig, sets=["train.lora.rank=8", "train.lora.alpha=16"], environ={})
+    assert (config.train.lora.rank, config.train.lora.alpha) == (8, 16)
+    assert load(RuleConfig, sets=["rule.steering.stop_after_epochs=null"], environ={}).rule.steering.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["rule.rebo.learningrate=1e-6"], ["--set rule.rebo.learningrate", "unknown", "rule.rebo.learning_rate"]),
+        (["trian.num_workers=2"], ["unknown", "train"]),
+        (["rule.rebo.steps=many"], ["--set rule.rebo.steps=many", "rule.rebo.steps", "'many'"]),
+        (["train.precision=float16"], ["--set train.precision=float16", "float32", "bfloat16"]),
+        (["rule.rebo.completions_per_prompt=1"], ["completions_per_prompt", "at least 2", "got 1"]),
+        (["rule.rebo.steps"], ["rule.rebo.steps", "section.key=value"]),
+        (["rule.data=[a"], ["rule.data", "quote"]),
+    ],
+)
+def test_a_wrong_setting_names_value_place_and_remedy(sets, words):
+    with pytest.raises(UserError) as error:
+        load(RuleConfig, sets=sets, environ={})
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_environment_variable_is_named():
+    with pytest.raises(UserError, match="RAYWARD__TRAIN__NUM_WORKERS"):
+        load(RuleConfig, environ={"RAYWARD__TRAIN__NUM_WORKERS": "none of them"})
+
+
+def test_a_wrong_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.yaml does not exist"):
+        load(RuleConfig, files=[tmp_path / "absent.yaml"], environ={})
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("rule:\n  rebo: {steps: 1\n  seed: 3\n")
+    with pytest.raises(UserError, match=r"broken\.yaml line \d+ is not valid YAML"):
+        load(RuleConfig, files=[broken], environ={})
+    broken.write_text("- rule\n")
+    with pytest.raises(UserError, match="mapping"):
+        load(RuleConfig, files=[broken], environ={})
+    broken.write_text("rule: {rebo: {stepz: 1}}\n")
+    with pytest.raises(UserError, match=r"broken\.yaml: unknown key rule\.rebo\.stepz.*rule\.rebo\.steps"):
+        load(RuleConfig, files=[broken], environ={})
+
+
+def test_an_unknown_profile_names_the_known_ones():
+    with pytest.raises(UserError, match="gpu, laptop"):
+        load(RuleConfig, "lap", environ={})
+
+
+def test_the_base_values_are_the_defaults_of_the_classes():
+    assert load(RuleConfig, environ={}) == RuleConfig()
+
+
+@pytest.mark.parametrize("profile", ["laptop", "gpu"])
+def test_each_profile_is_valid(profile):
+    load(RuleConfig, profile, environ={})
+
+
+def test_every_key_is_in_the_file_with_a_comment():
+    text = DEFAULT_FILE.read_text(encoding="utf-8")
+    base = yaml.safe_load(text)
+    sections = text.partition("\nprofiles:")[0]
+    for key in leaves(RuleConfig):
+        parent = next((name for name in SHOWN_IN_COMMENTS if key.startswith(f"{name}.")), None)
+        leaf = key.rpartition(".")[2]
+        if parent is not None:
+            name = parent.rpartition(".")[2]
+            example = re.search(rf"^ *{name}: null .*\n((?: *# .*\n)+)", sections, flags=re.MULTILINE)
+            assert example, parent
+            assert re.search(rf"# +{leaf}: ", example[1]), key
+            continue
+        value = base
+        for part in key.split("."):
+            assert part in value, key
+            value = value[part]
+    for line in sections.splitlines():
+        assert "#" in line or not line or line.endswith(":"), line
+
+
+def test_configuration_loads_neither_torch_nor_ray():
+    code = (
+        "import sys, cluster.config, cluster.cli, jobs.rule.config; print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
