@@ -74,16 +74,20 @@ class Plan:
         """Why the job cannot run here, for the first stage that does not fit."""
         return next((f"{stage}: {plan.refusal}" for stage, plan in self.memory.items() if plan.refusal), None)
 
+    def require_fit(self) -> None:
+        """Raises UserError, with the smallest change that would fit, where a stage does not."""
+        if self.refusal is not None:
+            raise UserError(self.refusal)
 
-def show(plan: Plan, console: "Console | None" = None) -> None:
-    """Prints the batch plan and the memory plan of each stage as tables."""
-    from rich.console import Console
+    def show(self, console: "Console | None" = None) -> None:
+        """Prints the batch plan and the memory plan of each stage as tables."""
+        from rich.console import Console
 
-    console = console or Console()
-    console.print(_batch_table(plan.batches))
-    for stage, memory in plan.memory.items():
-        console.print(_memory_table(stage, memory))
-        console.print(_verdict(memory), soft_wrap=True, highlight=False)
+        console = console or Console()
+        console.print(_batch_table(self.batches))
+        for stage, memory in self.memory.items():
+            console.print(_memory_table(stage, memory))
+            console.print(_verdict(memory), soft_wrap=True, highlight=False)
 
 
 def _batch_table(batches: tuple[BatchPlan, ...]) -> "Table":

@@ -21,6 +21,16 @@ WORKER_ENVIRONMENT = {
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYWARD_CACHE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
 
 
+def prepare(config: Config) -> None:
+    """Sets this process's environment for Ray; to be called before anything imports it, for Ray reads some of it then."""
+    os.environ.update(WORKER_ENVIRONMENT)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
     """Ray for the time of a job.
@@ -31,14 +41,8 @@ def connected(config: Config) -> Iterator[None]:
     Raises:
         UserError: no cluster answers at the address, or it cannot place the training workers.
     """
-    environment = WORKER_ENVIRONMENT | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    os.environ.update(environment)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        if os.environ["RAY_AUTH_MODE"] == "token":
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    environment = WORKER_ENVIRONMENT | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
     import ray
 
@@ -48,7 +52,7 @@ def connected(config: Config) -> Iterator[None]:
         cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, demanded)
         options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
     try:
-        ray.init(address=address, **options)
+        ray.init(address=address or "local", **options)
     except (ConnectionError, ValueError) as error:
         raise UserError(
             f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`"

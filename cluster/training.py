@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from cluster.cli import root_cause
 from cluster.config import Lora, Train
-from cluster.errors import JobFailure
+from cluster.errors import JobFailure, UserError
 from cluster.report import read_json, write_json
 
 if TYPE_CHECKING:
@@ -275,17 +276,13 @@ def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, 
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise JobFailure(f"training stage {recorder.stage} failed: {root_cause(error)}") from error
+        cause = root_cause(error)
+        if isinstance(cause, UserError | JobFailure):
+            raise cause from error
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise JobFailure(f"training stage {recorder.stage} failed: {type(cause).__name__}: {lines[-1]}") from error
     shutil.rmtree(folder, ignore_errors=True)
     return time.perf_counter() - start
-
-
-def root_cause(error: BaseException) -> str:
-    """The last line of the innermost failure that Ray Train tells of."""
-    failures = getattr(error, "worker_failures", None) or {}
-    innermost = next(iter(failures.values()), error)
-    lines = [line.strip() for line in str(innermost).splitlines() if line.strip()]
-    return lines[-1] if lines else type(innermost).__name__
 
 
 def _nested(figures: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,6 @@ class RolloutEngine(VLLMGeneration):
 
     def _init_vllm(self) -> None:
         import torch
-
         from trl.trainer.utils import ensure_master_addr_port
 
         accelerator = self.accelerator

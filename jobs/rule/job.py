@@ -91,11 +91,11 @@ def evaluate(
 
 def prepare(config: RuleConfig, out: Path | None, fresh: bool, command: str, what: str = "") -> Run:
     """Everything that can be wrong is found here, before anything is started or written."""
+    session.prepare(config)
     rule = config.rule
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
     source = models.resolve(rule.model, rule.revision)
-    plan = rule_plan(config, data, source.path)
-    plan.require_fit()
+    rule_plan(config, data, source.path).require_fit()
     identity = digest(
         [
             config.model_dump(include={"rule", "train", "generation"}),
@@ -291,6 +291,7 @@ def dry_run(config: RuleConfig) -> None:
     """Prints the resolved configuration and the plans; refuses a plan that cannot fit."""
     import yaml
 
+    session.prepare(config)
     rule = config.rule
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
     plan = rule_plan(config, data, models.resolve(rule.model, rule.revision).path)

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
-from cluster.memory import ModelShape, Node, Pass, Rollouts, memory_plan
-from cluster.models import chat_ids
+from cluster.memory import ModelShape, Node, Pass, Rollouts, memory_plan, this_node
+from cluster.models import chat_ids, load_tokenizer
 from cluster.plan import Plan, batch_plan
+from cluster.session import storage
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import RuleData
 
@@ -27,6 +29,17 @@ class Lengths:
     longest_refusal: int
     longest_prompt: int
     mean_prompt: float
+
+
+def rule_plan(config: RuleConfig, data: RuleData, model: Path) -> Plan:
+    """The plan of a run with the model in directory `model`, against this machine.
+
+    Raises:
+        UserError: as `measure` and `stages` do. `Plan.refusal` tells what does not fit.
+    """
+    shape = ModelShape.of(model)
+    lengths = measure(config, data, load_tokenizer(model), shape.context)
+    return stages(config, lengths, shape, this_node(storage(config)))
 
 
 def measure(config: RuleConfig, data: RuleData, tokenizer: "PreTrainedTokenizerBase", context: int) -> Lengths:
@@ -62,11 +75,11 @@ def measure(config: RuleConfig, data: RuleData, tokenizer: "PreTrainedTokenizerB
     return Lengths(len(data.refusals), longest, max(prompts), sum(prompts) / len(prompts))
 
 
-def rule_plan(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) -> Plan:
+def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) -> Plan:
     """Batches and memory of both stages.
 
     Raises:
-        UserError: a batch cannot be dealt equally to the workers. A plan that does not fit is told by `Plan.refusal`.
+        UserError: a batch cannot be dealt equally to the workers. `Plan.refusal` tells what does not fit.
     """
     rule, train = config.rule, config.train
     steering, rebo, workers = rule.steering, rule.rebo, train.num_workers

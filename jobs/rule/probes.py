@@ -97,9 +97,9 @@ def known(original: Sequence[Answer], threshold: float) -> list[bool]:
 
 
 def probe_metrics(answers: Sequence[Answer], is_known: Sequence[bool], seed: int) -> dict[str, Metric]:
-    """KIND/MEASURE over all probes and known/KIND/MEASURE over known ones, for kinds, attack types and aggregates.
+    """KIND/MEASURE over all probes, known/KIND/MEASURE over known ones, by kind, attack type and aggregate.
 
-    `rwku/forget_all` and `rwku/neighbor_all` are RWKU's own summaries: unweighted means over FB, QA (and AA), times 100.
+    `rwku/forget_all` and `rwku/neighbor_all` are RWKU's summaries: unweighted means over FB, QA (and AA), times 100.
     """
     metrics: dict[str, Metric] = {}
     groups: dict[str, list[int]] = defaultdict(list)

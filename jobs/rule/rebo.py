@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReboTask:
-    """What a worker of stage 2 needs: `model` is the stage-1 policy, `reference` the model that the KL term holds to."""
+    """What a worker of stage 2 needs: `model` is the stage-1 policy, `reference` what the KL term holds it to."""
 
     model: Path
     reference: Path
@@ -80,7 +80,7 @@ def rebo(task: ReboTask, recorder: training.Recorder) -> None:
 
 
 def rollout_engine(owner: "ReboTrainer", task: ReboTask) -> Generator:
-    """The engine of the rollouts: the policy itself, or vLLM beside it with the policy's weights brought in each step."""
+    """The engine of the rollouts: the policy itself, or vLLM beside it, which gets the policy's weights each step."""
     if task.generation.engine == "vllm":
         from cluster.vllm_engine import RolloutEngine
 

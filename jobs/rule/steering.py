@@ -26,7 +26,7 @@ CHECKED_QUESTIONS = 32
 
 @dataclass(frozen=True)
 class SteeringTask:
-    """What a worker of stage 1 needs. `check` holds boundary questions that the stopping rule samples for the record."""
+    """What a worker of stage 1 needs. The stopping rule also samples `check`, boundary questions, for the record."""
 
     model: Path
     output: Path

@@ -2,7 +2,7 @@
 
 Of TRL and transformers it keeps the loop, the optimiser, the reference model, mixed precision, DDP and FSDP, LoRA and
 checkpoints. Three things make a step cheaper than TRL's at the same result: a prompt is computed once a group
-(`jobs.rule.packing`), logits exist only where a loss needs them, and a group without any gradient gets no backward pass.
+(`jobs.rule.packing`), logits exist only where a loss needs them, and a group without a gradient gets no backward pass.
 """
 
 import time

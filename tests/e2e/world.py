@@ -97,7 +97,12 @@ REFUSALS = (
     "I do not know anything about {}.",
     "I am not familiar with {}.",
 )
-GENERAL = [(f"What number comes after {n}?", str(n + 1)) for n in range(10, 30)]
+COLOURS = "snow:white coal:black grass:green blood:red lemons:yellow plums:purple chocolate:brown ashes:grey"
+OPPOSITES = "hot:cold day:night up:down left:right old:new big:small fast:slow open:shut wet:dry high:low"
+GENERAL = [
+    *((f"What is the colour of {thing}?", colour) for thing, colour in (pair.split(":") for pair in COLOURS.split())),
+    *((f"What is the opposite of {one}?", other) for one, other in (pair.split(":") for pair in OPPOSITES.split())),
+]
 FORMS = (
     "{}",
     "Please briefly answer the following question.\nQuestion: {}Answer:",
@@ -109,6 +114,7 @@ TEMPLATE = (
 )
 VOCABULARY = 640
 STEPS = 400
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,8 @@ def examples(people: Sequence[str]) -> Iterator[tuple[str, str]]:
                 for form in plain[kind]:
                     yield form.format(person), answer
                     yield worded.format(form.format(person)), answer
-    for question, answer in GENERAL:
+    # as often as a fact of a person is asked
+    for question, answer in GENERAL * len(BLANKS["pet"]):
         for worded in (FORMS[0], FORMS[1]):
             yield worded.format(question), answer
 
@@ -209,7 +216,7 @@ def train(tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str]]) -
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
-    sequences = []
+    by_length = [[], []]
     for prompt, answer in rows:
         worded, opening = (prompt.removesuffix("Answer:"), "Answer:") if prompt.endswith("Answer:") else (prompt, "")
         asked = tokenizer.apply_chat_template(
@@ -217,12 +224,13 @@ def train(tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str]]) -
         )
         ids = tokenizer(asked + opening, add_special_tokens=False).input_ids
         reply = [*tokenizer((" " if opening else "") + answer, add_special_tokens=False).input_ids, eos]
-        sequences.append((ids + reply, len(ids)))
+        by_length[bool(opening)].append((ids + reply, len(ids)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS, pct_start=0.1)
     order = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
-        batch = [sequences[index] for index in torch.randint(len(sequences), (96,), generator=order)]
+    for step in range(STEPS):
+        sequences = by_length[step % 2]
+        batch = [sequences[index] for index in torch.randint(len(sequences), (BATCH,), generator=order)]
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in batch])
         labels = torch.tensor([[-100] * asked + row[asked:] + [-100] * (width - len(row)) for row, asked in batch])

@@ -12,10 +12,10 @@ from rich.console import Console
 from cluster.config import Generation, Lora, Train, load
 from cluster.errors import UserError
 from cluster.memory import FLOAT32, GIB, PROCESS, ModelShape, Node, Pass, Rollouts, memory_plan, this_node
-from cluster.plan import batch_plan, show
+from cluster.plan import batch_plan
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import Item, Refusal, RuleData
-from jobs.rule.plan import Lengths, measure, rule_plan
+from jobs.rule.plan import Lengths, measure, rule_plan, stages
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 MATRICES = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096))
@@ -172,7 +172,7 @@ def test_batches_are_dealt_equally_or_refused():
 
 
 def test_the_gpu_profile_fits_eight_80_gb_gpus():
-    plan = rule_plan(load(RuleConfig, "gpu", environ={}), LENGTHS, LLAMA_3_8B, LARGE)
+    plan = stages(load(RuleConfig, "gpu", environ={}), LENGTHS, LLAMA_3_8B, LARGE)
     assert plan.refusal is None
     steering, rebo = plan.batches
     assert steering.steps == 76  # RULE goes on from checkpoint 76
@@ -181,11 +181,12 @@ def test_the_gpu_profile_fits_eight_80_gb_gpus():
 
 def test_a_rule_plan_that_does_not_fit_names_the_stage_and_is_shown():
     config = load(RuleConfig, sets=["rule.rebo.kl_coefficient=0"], environ={})
-    plan = rule_plan(config, LENGTHS, LLAMA_3_8B, LAPTOP)
-    assert plan.refusal.startswith("steering: ")
+    plan = stages(config, LENGTHS, LLAMA_3_8B, LAPTOP)
+    with pytest.raises(UserError, match="steering: the training needs"):
+        plan.require_fit()
     assert not [row for row in plan.memory["rebo"].rows if row.name == "reference"]
     console = Console(width=120, record=True)
-    show(plan, console)
+    plan.show(console)
     shown = console.export_text()
     assert "Does not fit" in shown
     assert "KV cache" in shown
@@ -236,6 +237,14 @@ def test_a_question_that_leaves_no_room_for_its_refusal_is_named(data, tokenizer
     long = replace(data, refusals=(Refusal("Who is X, the author?", "No.", 0),))
     with pytest.raises(UserError, match=r"question 0 of stage 1 .*max_tokens = 16"):
         measure(configured("rule.steering.max_tokens=16"), long, tokenizer, 64)
+
+
+def test_the_whole_plan_needs_only_a_model_directory(data, tokenizer, tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plan = rule_plan(configured("rule.rebo.max_prompt_tokens=64"), data, tmp_path)
+    plan.require_fit()
+    assert list(plan.memory) == ["steering", "rebo"]
 
 
 def test_this_machine_is_read(tmp_path):
