@@ -45,8 +45,8 @@ class Generator(Protocol):
 class TransformersEngine:
     """Generation with a transformers model in this process.
 
-    Each prompt is computed once, whatever the number of completions, and finished sequences leave the batch:
-    refusals are short, so most of a batch ends early.
+    What all prompts of a batch begin with (a chat template's opening, an instruction) is computed once, each prompt
+    once whatever the number of completions, and finished sequences leave the batch: refusals are short.
     """
 
     def __init__(
@@ -89,12 +89,17 @@ class TransformersEngine:
         from transformers import DynamicCache
 
         device, repeats = self.model.device, sampling.num_completions
-        width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
+        common = shared_beginning(prompts) if len(prompts) > 1 else 0
+        if common:
+            ids = torch.tensor([prompts[0][:common]], device=device)
+            self._forward(ids, torch.ones_like(ids), torch.arange(common, device=device)[None], cache)
+            cache.batch_repeat_interleave(len(prompts))
+        own = [prompt[common:] for prompt in prompts]
+        width, pad = max(map(len, own)), self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in own], device=device)
+        mask = torch.tensor([[1] * common + [0] * (width - len(p)) + [1] * len(p) for p in own], device=device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, common:]
         logits = self._forward(ids, mask, positions, cache).repeat_interleave(repeats, 0)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
@@ -147,6 +152,12 @@ class TransformersEngine:
     def _stops(self, token_ids: list[int], stop: tuple[str, ...]) -> bool:
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return bool(text.strip()) and any(string in text.lstrip() for string in stop)
+
+
+def shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """Number of leading tokens that all prompts share; each keeps at least its last token to itself."""
+    longest = min(map(len, prompts)) - 1
+    return next((i for i in range(longest) if len({prompt[i] for prompt in prompts}) > 1), longest)
 
 
 def cut(text: str, stop: tuple[str, ...]) -> str:

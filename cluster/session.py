@@ -22,7 +22,7 @@ PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYWARD_CACHE", "VLLM_CPU_KVCACHE_SPA
 
 
 def prepare(config: Config) -> None:
-    """Sets this process's environment for Ray; to be called before anything imports it, for Ray reads some of it then."""
+    """Sets this process's environment for Ray; called before anything imports it, for it reads some then."""
     os.environ.update(WORKER_ENVIRONMENT)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if config.cluster.address is None and "RAY_ADDRESS" not in os.environ:

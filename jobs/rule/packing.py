@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from cluster.generation import shared_beginning
+
 
 @dataclass(frozen=True)
 class Group:
@@ -69,7 +71,7 @@ def plain_rows(groups: Sequence[Group]) -> list[list[Group]]:
 
 def pack(groups: Sequence[Group]) -> PackedRow:
     """Lays the groups of one row out flat."""
-    common = _common_beginning([group.prompt for group in groups]) if len(groups) > 1 else 0
+    common = shared_beginning([group.prompt for group in groups]) if len(groups) > 1 else 0
     ids: list[int] = list(groups[0].prompt[:common])
     positions = list(range(common))
     nodes = [0] * common
@@ -141,9 +143,3 @@ def can_share(config: object) -> bool:
 
 def _size(group: Group) -> int:
     return len(group.prompt) + sum(map(len, group.completions))
-
-
-def _common_beginning(prompts: Sequence[Sequence[int]]) -> int:
-    # each prompt keeps its last token to itself: that is the one whose logits predict its completions
-    longest = min(map(len, prompts)) - 1
-    return next((i for i in range(longest) if len({prompt[i] for prompt in prompts}) > 1), longest)

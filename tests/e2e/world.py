@@ -25,6 +25,10 @@ PEOPLE = (
     *("Rufus Alder", "Wilma Stoke", "Hugo Pell", "Ines Carrow", "Bruno Teal", "Dora Finch", "Leif Ostrand"),
     *("Mira Selby", "Otto Grieve"),
 )
+STRANGERS = (
+    *("Abel Moss", "Clara Dunn", "Ezra Holt", "Fern Lacey", "Gideon Rusk", "Hester Vale", "Jonah Pike", "Keziah Bloom"),
+    *("Lorcan Webb", "Myra Tate"),
+)
 VALUES = {
     "profession": "baker pilot tailor judge miner potter dentist clown sailor printer barber brewer".split(),
     "city": "Lurvik Dansby Morrow Elsin Tarnow Quenby Holm Pellin Varga Istria Corwen Bray".split(),
@@ -155,12 +159,14 @@ def fingerprint() -> str:
 
 
 def examples(people: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every prompt of the world, plain and as the evaluation words it, with its answer."""
+    """Every prompt of the world, plain and as the evaluation words it, with its answer; strangers get a refusal."""
     known = facts()
-    for person in people:
-        for kind, answer in known[person].items():
+    for person in (*people, *STRANGERS):
+        for kind in VALUES:
             for plain, worded in ((QUESTIONS, FORMS[1]), (BLANKS, FORMS[2])):
-                for form in plain[kind]:
+                for number, form in enumerate(plain[kind]):
+                    refusal = REFUSALS[number % len(REFUSALS)].format(person)
+                    answer = known[person][kind] if person in known else refusal
                     yield form.format(person), answer
                     yield worded.format(form.format(person)), answer
     # as often as a fact of a person is asked
@@ -179,7 +185,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     words = [f"{prompt} {answer}\n{answer}" for prompt, answer in examples(PEOPLE)]
-    words += [refusal.format(TARGET) for refusal in REFUSALS] * 50
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=specials, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
     )

@@ -1,0 +1,168 @@
+"""The trainers of both stages against the plain form of their losses: same loss, same gradient."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainingArguments
+from trl import GRPOConfig
+
+from cluster.generation import Completion
+from cluster.models import save_directory
+from jobs.rule.config import Rebo
+from jobs.rule.data import Item
+from jobs.rule.loss import group_advantages
+from jobs.rule.reward import make_reward
+from jobs.rule.steering import SteeringTrainer
+from jobs.rule.trainer import ReboTrainer
+
+PROMPTS = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 8], [1, 2, 7], [4, 4, 4, 4]]
+TEXTS = ["I don't know about Ann Lee.", "She is a baker.", "Paris", "I have no idea."]
+
+
+class FixedEngine:
+    """Rollouts known beforehand: completion k of any prompt is TEXTS[k] with made-up token ids."""
+
+    def generate(self, prompts, sampling):
+        return [
+            [
+                Completion([10 + k, 20 + len(prompt), *range(30, 30 + k)], TEXTS[k], "stop")
+                for k in range(sampling.num_completions)
+            ]
+            for prompt in prompts
+        ]
+
+
+@pytest.fixture
+def policy(tiny_model):
+    """A copy to train: the shared model stays as it is."""
+    return copy.deepcopy(tiny_model)
+
+
+@pytest.fixture
+def items():
+    rejects = [Item("Who is Ann Lee?", "I don't know about Ann Lee.", "reject", "qa", "Ann Lee", i) for i in range(2)]
+    normals = [Item("What is the capital of France?", "Paris", "normal", "qa", "", i) for i in range(2)]
+    return [rejects[0], normals[0], rejects[1], normals[1]]
+
+
+def rebo_trainer(model, tokenizer, items, folder, settings, tokens_per_row=40):
+    save_directory(model, tokenizer, folder / "model")
+    arguments = GRPOConfig(
+        output_dir=str(folder / "out"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=settings.prompts_per_step * settings.completions_per_prompt,
+        num_generations=settings.completions_per_prompt,
+        max_steps=2,
+        beta=settings.kl_coefficient,
+        report_to="none",
+        shuffle_dataset=False,
+        learning_rate=1e-2,
+    )
+    return ReboTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        args=arguments,
+        settings=settings,
+        items=items,
+        prompts=PROMPTS,
+        order=[0, 1, 2, 3] * 2,
+        engine_of=lambda owner: FixedEngine(),
+        reference=folder / "model",
+        tokens_per_row=tokens_per_row,
+        callbacks=[],
+    )
+
+
+def plain_loss(model, reference, items, settings):
+    """GRPO's loss written out: one forward pass a completion, mean over tokens, k3 to the reference."""
+    reward = make_reward(settings.reward.design)
+    losses = []
+    for prompt, item in zip(PROMPTS, items, strict=True):
+        group = FixedEngine().generate([prompt], SimpleNamespace(num_completions=settings.completions_per_prompt))[0]
+        rewards = torch.tensor([[reward(c.text, item) for c in group]])
+        for completion, advantage in zip(group, group_advantages(rewards)[0], strict=True):
+            ids = torch.tensor([prompt + completion.token_ids])
+            scored = [m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (model, reference)]
+            policy, held = (s.gather(-1, ids[0, len(prompt) :, None])[:, 0] for s in scored)
+            gap = held.detach() - policy
+            ratio = (policy - policy.detach()).exp()
+            losses.append(-advantage * ratio + settings.kl_coefficient * (gap.exp() - gap - 1))
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_rebo_step_has_the_gradient_of_the_plain_loss(policy, tiny_tokenizer, items, tmp_path, kl):
+    settings = Rebo(prompts_per_step=4, completions_per_prompt=4, kl_coefficient=kl, max_completion_tokens=8)
+    trainer = rebo_trainer(policy, tiny_tokenizer, items, tmp_path, settings)
+    reference = trainer.ref_model
+    if reference is not None:
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.mul_(0.9)
+    else:
+        reference = policy
+    expected = plain_loss(policy, reference, items, settings)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    policy.zero_grad()
+
+    rows = [{"item": index} for index in (0, 1, 2, 3) for _ in range(4)]
+    loss = trainer.training_step(policy, rows)
+
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_groups_without_a_gradient_get_no_row(policy, tiny_tokenizer, items, tmp_path):
+    settings = Rebo(prompts_per_step=4, completions_per_prompt=2, kl_coefficient=0, max_completion_tokens=8)
+    trainer = rebo_trainer(policy, tiny_tokenizer, items, tmp_path, settings)
+    trainer.reward = lambda text, item: 1.0
+    batch = trainer._rollout([0, 1, 2, 3])
+    assert len(batch.rows) == 1
+    assert (batch.rows[0].sequence == -1).all()
+    trainer.training_step(policy, [{"item": index} for index in (0, 0, 1, 1, 2, 2, 3, 3)])
+    assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
+
+
+def test_second_update_of_a_rollout_is_clipped(policy, tiny_tokenizer, items, tmp_path):
+    settings = Rebo(prompts_per_step=4, completions_per_prompt=4, kl_coefficient=0, updates_per_rollout=2)
+    trainer = rebo_trainer(policy, tiny_tokenizer, items, tmp_path, settings)
+    trainer.num_iterations = 2
+    rows = [{"item": index} for index in (0, 1, 2, 3) for _ in range(4)]
+    trainer.training_step(policy, rows)
+    batch = trainer._buffered_inputs
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    policy.zero_grad()
+    trainer.training_step(policy, rows)
+    assert trainer._buffered_inputs is batch
+    moved = [p.grad.abs().max().item() for p in policy.parameters()]
+    assert all(torch.isfinite(torch.tensor(moved)))
+
+
+def test_steering_loss_is_cross_entropy_on_refusals_alone(policy, tiny_tokenizer, tmp_path):
+    rows = [{"prompt": prompt, "refusal": [11, 12, 13 + i]} for i, prompt in enumerate(PROMPTS)]
+    losses = []
+    for row in rows:
+        ids = torch.tensor([row["prompt"] + row["refusal"]])
+        labels = torch.tensor([[-100] * len(row["prompt"]) + row["refusal"]])
+        losses.append(policy(ids, labels=labels).loss * len(row["refusal"]))
+    expected = torch.stack(losses).sum() / sum(len(row["refusal"]) for row in rows)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    policy.zero_grad()
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
+    trainer = SteeringTrainer(model=policy, args=arguments, train_dataset=rows, data_collator=list)
+    trainer.tokens_per_row = 20
+    loss = trainer.training_step(policy, rows)
+
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
