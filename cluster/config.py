@@ -17,6 +17,7 @@ from cluster.errors import UserError
 
 DEFAULT_FILE = Path(__file__).resolve().parent.parent / "ray_config.yaml"
 ENVIRONMENT_PREFIX = "RAYWARD__"
+STORAGE_VARIABLE = "RAYWARD_STORAGE"  # what `make up` sets for the jobs that are submitted to it
 
 
 class Section(BaseModel):
@@ -31,7 +32,6 @@ class Cluster(Section):
     address: str | None = None
     num_cpus: int | None = Field(default=None, ge=1)
     storage: str = "results"
-    start_timeout_s: float = Field(default=180, gt=0)
 
 
 class Lora(Section):
@@ -118,6 +118,8 @@ def load(
         values = _merge(values, profiles[profile], f"profile {profile} in {base.name}", origins)
     for path in files:
         values = _merge(values, _read(path), str(path), origins)
+    if environ.get(STORAGE_VARIABLE):
+        values = _merge(values, {"cluster": {"storage": environ[STORAGE_VARIABLE]}}, STORAGE_VARIABLE, origins)
     for name in sorted(environ):
         if name.startswith(ENVIRONMENT_PREFIX):
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")

@@ -180,14 +180,21 @@ def draw(logits: "torch.Tensor", temperature: float, top_p: float, generator: "t
     return probabilities.multinomial(1, generator=generator).squeeze(-1)
 
 
+def chosen_engine(settings: "Generation", train: "Train") -> str:
+    """ "vllm" or "transformers": "auto" takes vLLM on GPUs; on CPUs it was slower end to end (docs/experiments.md)."""
+    if settings.engine != "auto":
+        return settings.engine
+    return "vllm" if train.gpus_per_worker else "transformers"
+
+
 def open_engine(path: "Path", settings: "Generation", train: "Train", max_tokens: int, seed: int) -> Generator:
-    """The engine that the configuration asks for, with the model in `path`; "auto" takes vLLM where there is a GPU."""
+    """The engine that the configuration asks for, with the model in `path`; `max_tokens` is prompt and completion."""
     import torch
 
     from cluster.models import load_model, load_tokenizer, stop_ids
 
-    gpu = bool(train.gpus_per_worker) and torch.cuda.is_available()
-    if settings.engine == "vllm" or (settings.engine == "auto" and gpu):
+    gpu = bool(train.gpus_per_worker)
+    if chosen_engine(settings, train) == "vllm":
         from cluster.vllm_engine import VllmEngine
 
         return VllmEngine(path, settings, train, max_tokens, seed)

@@ -90,8 +90,8 @@ def on_worker(function, config: Config, *arguments, seconds: float):
 
 
 def storage(config: Config) -> Path:
-    """The absolute folder of all results: RAYWARD_STORAGE where `make up` set it, else `cluster.storage`."""
-    return Path(os.environ.get("RAYWARD_STORAGE") or config.cluster.storage).expanduser().resolve()
+    """The absolute folder of all results."""
+    return Path(config.cluster.storage).expanduser().resolve()
 
 
 def _require_room(config: Config) -> None:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+    from cluster.tracking import Tracker
 
 HISTORY = "history.jsonl"
 SAMPLES = "training_samples.jsonl"
@@ -41,16 +43,17 @@ class Recorder:
     total_steps: int
     tracking_uri: str | None = None
     run_id: str | None = None
-    _row: dict = field(default_factory=dict)
+    _attached: "Tracker | None" = None
 
     def record(self, step: int, figures: dict[str, Any], samples: list[dict] = ()) -> None:
         """Adds `figures` to the row of `step`."""
         if rank() != 0:
             return
-        rows = [row for row in self._read() if not (row["stage"] == self.stage and row["step"] == step)]
-        present = next((row for row in self._read() if row["stage"] == self.stage and row["step"] == step), {})
-        row = present | {"stage": self.stage, "step": step} | _nested(figures)
-        self._write([*rows, row])
+        rows = self._read()
+        here = [row for row in rows if row["stage"] == self.stage and row["step"] == step]
+        others = [row for row in rows if row not in here]
+        present = here[0] if here else {"stage": self.stage, "step": step}
+        self._write([*others, present | _nested(figures)])
         if samples:
             with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
                 file.writelines(
@@ -69,43 +72,46 @@ class Recorder:
     def rewind(self, step: int) -> None:
         """Forgets what was recorded of this stage after `step`."""
         if rank() == 0:
-            self._write([row for row in self._read() if row["stage"] != self.stage or row["step"] <= step])
+            for name in (HISTORY, SAMPLES):
+                rows = self._read(name)
+                self._write([row for row in rows if row["stage"] != self.stage or row["step"] <= step], name)
 
     def note_peak(self) -> None:
         """Keeps this worker's highest memory for the report."""
         write_json({"gib": round(peak_memory_gib(), 2)}, self.folder / f"peak-{self.stage}.json")
 
-    def _read(self) -> list[dict]:
-        path = self.folder / HISTORY
+    def _read(self, name: str = HISTORY) -> list[dict]:
+        path = self.folder / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def _write(self, rows: list[dict]) -> None:
-        path = self.folder / HISTORY
+    def _write(self, rows: list[dict], name: str = HISTORY) -> None:
+        path = self.folder / name
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         partial.replace(path)
 
-    def _tracker(self):
+    def _tracker(self) -> "Tracker | None":
         if self.run_id is None or self.tracking_uri is None:
             return None
         from cluster.tracking import Tracker
 
-        if "tracker" not in self.__dict__:
-            self.__dict__["tracker"] = Tracker.attach(self.tracking_uri, self.run_id)
-        return self.__dict__["tracker"]
+        if self._attached is None:
+            self._attached = Tracker.attach(self.tracking_uri, self.run_id)
+        return self._attached
 
 
 class CheckpointCallback(TrainerCallback):
     """Tells the recorder of each logged step, and Ray Train of each saved checkpoint (rank 0 attaches it)."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, samples: Callable[[], list[dict]] = list) -> None:
         self.recorder = recorder
+        self.samples = samples
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         """Told by the trainer."""
         figures = {key: value for key, value in (logs or {}).items() if value is not None and key != "epoch"}
         if "train_runtime" not in figures and figures:
-            self.recorder.record(state.global_step, figures)
+            self.recorder.record(state.global_step, figures, self.samples())
 
     def on_save(self, args, state, control, **_) -> None:
         """Told by the trainer."""
@@ -178,7 +184,7 @@ def arguments(
         use_cpu=not train.gpus_per_worker,
         bf16=train.precision == "bfloat16",
         gradient_checkpointing=train.activation_checkpointing and train.strategy != "fsdp",
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         seed=seed,
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -80,7 +80,7 @@ class Rule(Section):
     revision: str | None = None
     data: str = "demo"
     target: str | None = None
-    held_out_share: float = Field(default=0.2, ge=0, lt=1)
+    held_out_share: float = Field(default=0.0, ge=0, lt=1)
     seed: int = Field(default=42, ge=0)
     steering: Steering = Steering()
     rebo: Rebo = Rebo()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.errors import UserError
-from jobs.rule.rows import Row, Text, load_list, load_rows
+from jobs.rule.rows import Row, Text, load_rows
 
 DEMO = Path(__file__).parent / "demo"
 PROBE_FILES = {
@@ -121,6 +121,8 @@ def load_data(source: str, target: str | None, held_out_share: float, seed: int)
         if not folder.is_dir():
             raise UserError(f"rule.data = {source} is no folder that this machine sees; name one, or 'demo'")
         data = _load_rwku(folder) if (folder / "intro.json").exists() else _load_muse(folder)
+        if target is not None and target != data.target:
+            raise UserError(f"rule.target = {target}, but {source} is about {data.target}; leave rule.target out")
     if not data.refusals or not any(item.label == "reject" for item in data.items):
         raise UserError(f"{source} has no forget question; RULE needs some to learn what to refuse")
     if not any(item.label == "normal" for item in data.items):
@@ -240,8 +242,3 @@ def _required(path: Path, row_type: type[Row]) -> list:
     if rows is None:
         raise UserError(f"{path} is missing; the RWKU layout needs it (see docs/rule.md)")
     return rows
-
-
-def idk_templates(folder: Path) -> list[str]:
-    """The refusal templates of a folder, or an empty list where it has none."""
-    return load_list(folder / "idk_target.json") or []

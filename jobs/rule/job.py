@@ -1,6 +1,7 @@
 """RULE from a configuration to a report: read top to bottom like the paper's method section."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from jobs.rule.evaluate import Examination, Examined, examine, score
 from jobs.rule.plan import rule_plan
 from jobs.rule.probes import Answer
 from jobs.rule.rebo import ReboTask, rebo
+from jobs.rule.reward import make_reward
 from jobs.rule.steering import SteeringTask, steer
 
 EVALUATION_LIMIT_S = 6 * 3600
@@ -57,6 +59,7 @@ def main(config: RuleConfig, out: Path | None = None, fresh: bool = False, comma
         JobFailure: a stage failed for good.
     """
     run = prepare(config, out, fresh, command)
+    check_training(run)
     finished = run.folder / "report.json"
     if finished.exists():
         print(f"this run is finished (--fresh starts it over): {run.folder}")
@@ -76,8 +79,9 @@ def evaluate(
     config: RuleConfig, model: Path | None, out: Path | None = None, fresh: bool = False, command: str = ""
 ) -> Path:
     """Every metric of RULE 1.5 whose files are there, for the original model and for `model`; returns report.json."""
-    checkpoint = None if model is None else models.resolve(str(model)).path
-    run = prepare(config, out, fresh, command, what=f"evaluate-{digest(str(checkpoint))[:6]}")
+    checkpoint = None if model is None else models.resolve(str(model))
+    pinned = digest(None if checkpoint is None else [checkpoint.name, checkpoint.version])
+    run = prepare(config, out, fresh, command, what=f"evaluate-{pinned[:6]}")
     finished = run.folder / "report.json"
     if finished.exists():
         show(read_json(finished))
@@ -85,7 +89,7 @@ def evaluate(
     with exclusively(run.folder), tracked(run, "rule-evaluate") as tracker, session.connected(config):
         examined = {"original": evaluated(run, "original", run.source.path, benchmarks=True)}
         if checkpoint is not None:
-            examined["unlearned"] = evaluated(run, "unlearned", checkpoint, benchmarks=True)
+            examined["unlearned"] = evaluated(run, "unlearned", checkpoint.path, benchmarks=True)
         return conclude(run, tracker, examined, None)
 
 
@@ -95,7 +99,6 @@ def prepare(config: RuleConfig, out: Path | None, fresh: bool, command: str, wha
     rule = config.rule
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
     source = models.resolve(rule.model, rule.revision)
-    rule_plan(config, data, source.path).require_fit()
     identity = digest(
         [
             config.model_dump(include={"rule", "train", "generation"}),
@@ -106,14 +109,33 @@ def prepare(config: RuleConfig, out: Path | None, fresh: bool, command: str, wha
         ]
     )
     folder = (out or session.storage(config) / "rule" / f"{what}{'-' if what else ''}{identity}").resolve()
-    if fresh and folder.exists():
-        shutil.rmtree(folder)
     state = read_json(folder / "state.json") or {}
+    if not state and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out {folder} holds other things than a run; name a new or empty folder")
+    if fresh and state:
+        with exclusively(folder):
+            shutil.rmtree(folder)
+        state = {}
     if state and state["identity"] != identity:
         raise UserError(f"{folder} holds a run of another configuration; take another --out, or --fresh to replace it")
-    run = Run(config, data, source, folder, command, state)
-    run.save(identity=identity)
-    return run
+    return Run(config, data, source, folder, command, state | {"identity": identity})
+
+
+def check_training(run: Run) -> None:
+    """What can be wrong with the training itself: an unknown reward, a plan that does not fit, a reference without use."""
+    rule, reward = run.config.rule, run.config.rule.rebo.reward
+    make_reward(
+        reward.design,
+        rouge_threshold=reward.rouge_threshold,
+        target_bonus=reward.target_bonus,
+        behave_weight=reward.behave_weight,
+    )
+    if run.config.train.lora is not None and rule.rebo.reference == "original":
+        raise UserError(
+            "rule.rebo.reference = original needs a second model, which LoRA does without; "
+            "take steered, or train.lora=null"
+        )
+    rule_plan(run.config, run.data, run.source.path).require_fit()
 
 
 def data_digest(data: RuleData) -> str:
@@ -127,7 +149,8 @@ def exclusively(folder: Path):
     """No two drivers in one folder."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / ".lock")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -142,12 +165,12 @@ def exclusively(folder: Path):
 def tracked(run: Run, name: str):
     """The job's MLflow run: a new one, or the one that an earlier driver of this run began."""
     tracking, storage = run.config.tracking, session.storage(run.config)
-    uri = tracking.uri or run.state.get("tracking_uri") or default_uri(storage)
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
     with Tracker.open(
         uri,
         tracking.experiment,
         f"{name}-{run.folder.name}",
-        run.config.model_dump(),
+        run.config.model_dump(include={"rule", "train", "generation"}),
         {"data_digest": data_digest(run.data), "target": run.data.target, "model": run.source.name},
         run.state.get("mlflow_run_id"),
         storage,
@@ -208,7 +231,8 @@ def steering(run: Run, tracker: Tracker) -> Path:
         rule.rebo.max_completion_tokens,
         rule.seed,
     )
-    steps = -(-len(run.data.refusals) // rule.steering.batch_size) * rule.steering.epochs
+    epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)
+    steps = -(-len(run.data.refusals) // rule.steering.batch_size) * epochs
     return trained(run, tracker, "steering", steer, task, round(steps))
 
 
@@ -294,10 +318,10 @@ def dry_run(config: RuleConfig) -> None:
     session.prepare(config)
     rule = config.rule
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
-    plan = rule_plan(config, data, models.resolve(rule.model, rule.revision).path)
+    source = models.resolve(rule.model, rule.revision)
     print(yaml.safe_dump(masked(config.model_dump()), sort_keys=False))
-    plan.show()
-    plan.require_fit()
+    rule_plan(config, data, source.path).show()
+    check_training(Run(config, data, source, Path(), ""))
 
 
 def show(content: dict) -> None:

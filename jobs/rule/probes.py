@@ -93,7 +93,14 @@ def _judged(probe: Probe, text: str) -> Answer:
 
 def known(original: Sequence[Answer], threshold: float) -> list[bool]:
     """The knowledge filter: which probes the original model answers, by ROUGE-L recall above `threshold`."""
-    return [answer.rouge_l_recall > threshold and not answer.refusal for answer in original]
+    return [
+        answer.rouge_l_recall > threshold and not answer.refusal and has_answer(answer.probe) for answer in original
+    ]
+
+
+def has_answer(probe: Probe) -> bool:
+    """Whether the probe carries a true answer: held-out training questions of the target carry a refusal instead."""
+    return probe.kind not in HELDOUT_FORGET_KINDS
 
 
 def probe_metrics(answers: Sequence[Answer], is_known: Sequence[bool], seed: int) -> dict[str, Metric]:
@@ -126,11 +133,13 @@ def _groups_of(probe: Probe) -> Iterator[str]:
 def _measures(name: str, answers: Sequence[Answer], seed: int) -> dict[str, Metric]:
     if not answers:
         return {}
-    return {
+    measures = {
         f"{name}/refusal": share_interval([answer.refusal for answer in answers], seed),
         f"{name}/refusal_rule": share_interval([answer.refusal_rule for answer in answers], seed),
-        f"{name}/rouge_l_recall": mean_interval([answer.rouge_l_recall for answer in answers], seed),
     }
+    if all(has_answer(answer.probe) for answer in answers):
+        measures[f"{name}/rouge_l_recall"] = mean_interval([answer.rouge_l_recall for answer in answers], seed)
+    return measures
 
 
 def _unweighted(samples: Sequence[Sequence[float]], seed: int) -> Metric:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster import training
 from cluster.config import Generation, Train
-from cluster.generation import Generator, TransformersEngine
+from cluster.generation import Generator, TransformersEngine, chosen_engine
 from cluster.models import chat_ids, load_model, load_tokenizer, stop_ids
 from jobs.rule.config import Rebo
 from jobs.rule.data import Item, schedule
@@ -73,7 +73,7 @@ def rebo(task: ReboTask, recorder: training.Recorder) -> None:
             engine_of=lambda owner: rollout_engine(owner, task),
             reference=task.reference,
             tokens_per_row=task.train.tokens_per_row,
-            callbacks=[training.CheckpointCallback(recorder)],
+            callbacks=[training.CheckpointCallback(recorder, lambda: trainer.samples)],
         )
         training.run(trainer, recorder)
         training.save_final(trainer, tokenizer, task.model, task.train, task.output, recorder)
@@ -81,7 +81,7 @@ def rebo(task: ReboTask, recorder: training.Recorder) -> None:
 
 def rollout_engine(owner: "ReboTrainer", task: ReboTask) -> Generator:
     """The engine of the rollouts: the policy itself, or vLLM beside it, which gets the policy's weights each step."""
-    if task.generation.engine == "vllm":
+    if chosen_engine(task.generation, task.train) == "vllm":
         from cluster.vllm_engine import RolloutEngine
 
         context = task.settings.max_prompt_tokens + task.settings.max_completion_tokens

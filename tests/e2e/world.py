@@ -117,7 +117,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 VOCABULARY = 640
-STEPS = 400
+STEPS = 320
 BATCH = 64
 
 

@@ -1,0 +1,54 @@
+"""What the end-to-end tests share: the tiny world, and one finished run in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import commands
+from tests.e2e.world import World, build, fingerprint
+
+
+@pytest.fixture(scope="session")
+def world(request, tmp_path_factory) -> World:
+    """The tiny world, kept in pytest's cache until what makes it changes."""
+    if request.config.getoption("cacheclear") or not hasattr(request.config, "cache"):
+        return build(tmp_path_factory.mktemp("world"))
+    kept = request.config.cache.mkdir("rayward-world")
+    folder = kept / fingerprint()
+    if not folder.exists():
+        partial = tmp_path_factory.mktemp("world")
+        build(partial)
+        shutil.rmtree(kept)
+        shutil.copytree(partial, kept / f"{folder.name}.partial")
+        (kept / f"{folder.name}.partial").rename(folder)
+    return World(folder / "model", folder / "gold", folder / "data")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that nothing disturbed."""
+
+    storage: Path
+    command: list[str]
+    process: subprocess.CompletedProcess
+    report: dict
+
+    @property
+    def folder(self) -> Path:
+        return commands.run_folder(self.storage)
+
+
+@pytest.fixture(scope="session")
+def finished(world, tmp_path_factory) -> Finished:
+    """`python -m jobs.rule run` in the tiny world, to its end."""
+    storage = tmp_path_factory.mktemp("finished")
+    command = ["run", *commands.settings(world)]
+    process = commands.rule(storage, *command)
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    return Finished(storage, command, process, json.loads((commands.run_folder(storage) / "report.json").read_text()))
