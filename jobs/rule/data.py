@@ -1,7 +1,7 @@
 """What RULE trains on and asks: RWKU folders as its authors publish them, MUSE-Books, the hub's RWKU, the demo."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -158,20 +158,41 @@ def hold_out(data: RuleData, share: float, seed: int) -> RuleData:
 def schedule(items: Sequence[Item], steps: int, prompts_per_step: int, seed: int) -> list[int]:
     """Indices of the items that each step asks, `steps * prompts_per_step` in all.
 
-    Each step has forget and boundary questions in the proportion of the set (1:1 in the paper's file), in a fixed
-    alternation, so that no step lacks a side; each side is walked in a new random order an epoch.
+    Where each forget question has a boundary twin of its form (as in the paper's 1:1 file), twins are asked in the same
+    step: they differ by whom they ask about and little else, so that what their gradients share cancels out. Otherwise
+    each step has both sides in the proportion of the set. Both ways walk the set in a new random order an epoch.
     """
+    length = steps * prompts_per_step
+    pairs = _twins(items)
+    if pairs is not None:
+        stream = _shuffled(pairs, seed)
+        return [index for _ in range(-(-length // 2)) for index in next(stream)][:length]
     sides = {label: [i for i, item in enumerate(items) if item.label == label] for label in ("reject", "normal")}
     share = len(sides["reject"]) / len(items)
     streams = {label: _shuffled(indices, seed + order) for order, (label, indices) in enumerate(sides.items())}
     chosen = []
-    for position in range(steps * prompts_per_step):
+    for position in range(length):
         forget = int((position + 1) * share + 1e-9) > int(position * share + 1e-9)
         chosen.append(next(streams["reject" if forget else "normal"]))
     return chosen
 
 
-def _shuffled(indices: list[int], seed: int):
+def _twins(items: Sequence[Item]) -> list[tuple[int, int]] | None:
+    """(forget, boundary) pairs of one source; None where the two sides of a source do not match in number."""
+    by_source: dict[int, dict[str, list[int]]] = {}
+    for index, item in enumerate(items):
+        by_source.setdefault(item.source, {"reject": [], "normal": []})[item.label].append(index)
+    if any(len(sides["reject"]) != len(sides["normal"]) for sides in by_source.values()):
+        return None
+    pairs = []
+    for sides in by_source.values():
+        # a few of the authors' boundary rows lack their blank, so forms are matched as far as they go
+        ordered = [sorted(indices, key=lambda i: items[i].form) for indices in sides.values()]
+        pairs += list(zip(*ordered, strict=True))
+    return pairs
+
+
+def _shuffled(indices: list, seed: int) -> Iterator:
     generator = random.Random(seed)
     while True:
         order = list(indices)

@@ -122,7 +122,7 @@ def prepare(config: RuleConfig, out: Path | None, fresh: bool, command: str, wha
 
 
 def check_training(run: Run) -> None:
-    """What can be wrong with the training itself: an unknown reward, a plan that does not fit, a reference without use."""
+    """What can be wrong with the training itself: unknown reward, plan that does not fit."""
     rule, reward = run.config.rule, run.config.rule.rebo.reward
     make_reward(
         reward.design,

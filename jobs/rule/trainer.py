@@ -45,7 +45,7 @@ class ReboTrainer(GRPOTrainer):
         reference: directory of the reference model (only read where the KL coefficient is positive and without LoRA).
         items: the training questions; `order` holds the indices that each step asks, `prompts_per_step` a step.
         prompts: token ids of each item's prompt.
-        engine_of: makes the rollout engine, given the trainer; its `sync`, if it has one, is called before each rollout.
+        engine_of: makes the rollout engine, given the trainer; its `sync`, if any, is called before each rollout.
     """
 
     def __init__(

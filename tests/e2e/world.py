@@ -138,14 +138,20 @@ def facts() -> dict[str, dict[str, str]]:
 
 def build(folder: Path) -> World:
     """Writes the three directories of a world below `folder`."""
+    import torch
+
     data = write_data(folder / "data")
     tokenizer = make_tokenizer()
+    # Two threads gain nothing on matrices this small, and lose much where the cores are busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     known, rest = [list(examples(people)) for people in (PEOPLE, PEOPLE[1:])]
     directories = []
     for name, rows in (("model", known), ("gold", rest)):
         train(tokenizer, rows).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         directories.append(folder / name)
+    torch.set_num_threads(threads)
     return World(*directories, data)
 
 

@@ -22,7 +22,6 @@ from jobs.rule.data import (
     Refusal,
     RuleData,
     hold_out,
-    idk_templates,
     load_data,
     schedule,
 )
@@ -76,7 +75,6 @@ def test_the_demo_has_both_sides_and_every_kind_of_probe():
     assert {item.target for item in data.items} == {"", "Stephen King"}
     kinds = Counter(probe.kind for probe in data.probes)
     assert {*FORGET_KINDS, *NEIGHBOR_KINDS, "general", *HELDOUT} == set(kinds)
-    assert len(idk_templates(DEMO)) >= 60
 
 
 def test_rows_of_a_folder_become_items_by_blocks(folder):
@@ -145,7 +143,6 @@ def test_the_authors_folders(name):
     assert {probe.query.casefold() for probe in held} == wanted
     assert all("___" in probe.query for probe in held if probe.kind.endswith("_fb"))
     assert {probe.kind for probe in data.probes} == {*FORGET_KINDS, *NEIGHBOR_KINDS, "general", *HELDOUT}
-    assert len(idk_templates(folder)) == 100
 
 
 @needs_shared
@@ -241,7 +238,7 @@ def test_a_folders_own_general_questions_replace_those_of_the_demo(folder):
 def test_equal_sides_are_asked_in_turn():
     items = pairs(6)
     labels = [items[index].label for index in schedule(items, 5, 4, 0)]
-    assert labels == ["normal", "reject"] * 10
+    assert labels == ["reject", "normal"] * 10
 
 
 @settings(deadline=None)
@@ -264,3 +261,13 @@ def test_the_schedule_reshuffles_each_epoch():
     chosen = [index for index in schedule(items, 1, 160, 3) if items[index].label == "reject"]
     assert sorted(chosen[:40]) == sorted(chosen[40:])
     assert chosen[:40] != chosen[40:]
+
+
+def test_twins_are_asked_in_the_same_step():
+    data = load_data("demo", None, 0, 42)
+    chosen = schedule(data.items, 3, 16, 0)
+    for forget, boundary in zip(chosen[::2], chosen[1::2], strict=True):
+        pair = data.items[forget], data.items[boundary]
+        assert [item.label for item in pair] == ["reject", "normal"]
+        assert pair[0].source == pair[1].source
+        assert pair[0].form == pair[1].form
