@@ -106,11 +106,17 @@ class CheckpointCallback(TrainerCallback):
     def __init__(self, recorder: Recorder, samples: Callable[[], list[dict]] = list) -> None:
         self.recorder = recorder
         self.samples = samples
+        self.started = time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        """Told by the trainer."""
+        self.started = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         """Told by the trainer."""
         figures = {key: value for key, value in (logs or {}).items() if value is not None and key != "epoch"}
         if "train_runtime" not in figures and figures:
+            figures["seconds/step"] = time.perf_counter() - self.started
             self.recorder.record(state.global_step, figures, self.samples())
 
     def on_save(self, args, state, control, **_) -> None:

@@ -20,7 +20,7 @@ from tests.e2e.world import World
 
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT_S = 400
-# What the tiny world's model learns from within seconds; a checkpoint each step, so that a kill costs one.
+# What the tiny world's model learns from within seconds.
 TINY = {
     "rule.held_out_share": 0.25,
     "rule.steering.learning_rate": 2e-4,
@@ -36,9 +36,10 @@ TINY = {
     "rule.rebo.completions_per_prompt": 4,
     "rule.rebo.max_prompt_tokens": 64,
     "rule.rebo.max_completion_tokens": 16,
+    "rule.evaluation.prompt_form": "plain",
     "rule.evaluation.max_new_tokens": 16,
     "train.cpus_per_worker": 1,
-    "train.checkpoint_every": 1,
+    "train.checkpoint_every": 5,
 }
 
 

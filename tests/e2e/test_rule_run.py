@@ -31,11 +31,11 @@ def test_the_target_is_refused_and_everybody_else_still_answered(finished):
     forgotten = values(finished, "known/forget/refusal")
     assert forgotten["original"] == 0
     assert forgotten["steered"] < forgotten["unlearned"]
-    assert forgotten["unlearned"] > 0.7
+    assert forgotten["unlearned"] > 0.8
     assert values(finished, "known/forget/rouge_l_recall")["unlearned"] < 0.3
     assert values(finished, "heldout_forget/refusal")["unlearned"] > 0.7
-    assert values(finished, "known/retain/refusal")["unlearned"] < 0.1
-    assert values(finished, "kept/retain")["unlearned"] > 0.9
+    assert values(finished, "known/retain/refusal")["unlearned"] < 0.2
+    assert values(finished, "kept/retain")["unlearned"] > 0.8
 
 
 def test_every_score_has_interval_count_and_seed(finished):
@@ -138,7 +138,8 @@ def test_the_same_command_again_says_that_it_is_finished(finished):
 
 
 def test_a_model_that_never_met_the_target_knows_nothing_of_it(world, tmp_path):
-    evaluated = commands.rule(tmp_path, "evaluate", "--model", str(world.gold), *commands.settings(world))
+    worded = commands.settings(world, {"rule.evaluation.prompt_form": "rwku"})
+    evaluated = commands.rule(tmp_path, "evaluate", "--model", str(world.gold), *worded)
     assert evaluated.returncode == 0, evaluated.stdout[-4000:] + evaluated.stderr[-4000:]
     metrics = json.loads(Path(evaluated.stdout.splitlines()[-1]).read_text())["metrics"]
     assert metrics["original"]["forget/rouge_l_recall"]["value"] > 0.9

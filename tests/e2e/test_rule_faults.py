@@ -1,0 +1,309 @@
+"""RULE under faults: killed workers, a killed driver, Ctrl-C, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.report import read_json
+from tests.e2e import commands
+from tests.e2e.commands import Running, alive, history, last_step, run_folder, wait
+
+STAGES = ("steering", "rebo")
+SAVING_EACH_STEP = {"train.checkpoint_every": 1}
+
+
+def trajectory(storage: Path) -> list[dict]:
+    """What training recorded, without how long it took."""
+    rows = [row for stage in STAGES for row in history(storage, stage)]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_same_trajectory(storage: Path, undisturbed: Path) -> None:
+    rows, expected = trajectory(storage), trajectory(undisturbed)
+    assert [(row["stage"], row["step"]) for row in rows] == [(row["stage"], row["step"]) for row in expected]
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5, abs=1e-7), (row, wanted)
+
+
+def mlflow_run(storage: Path):
+    """The MLflow client, and the run that the run folder names."""
+    from mlflow import MlflowClient
+
+    state = read_json(run_folder(storage) / "state.json")
+    client = MlflowClient(state["tracking_uri"])
+    return client, client.get_run(state["mlflow_run_id"])
+
+
+def kill_worker(running: Running, storage: Path, stage: str, after: int) -> int:
+    """SIGKILL to the training worker once a step is recorded; the step from which training then went on."""
+    wait(lambda: last_step(storage, stage) >= after, f"step {after} of {stage}", 200)
+    [victim] = running.training_workers()
+    victim.kill()
+    victim.wait(30)
+    reached = lowest = last_step(storage, stage)
+
+    def went_on() -> bool:
+        nonlocal lowest
+        lowest = min(lowest, last_step(storage, stage))
+        return lowest < reached and last_step(storage, stage) > lowest
+
+    wait(went_on, f"{stage} to go on after its worker died", 200)
+    return lowest
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """A run that lost its worker in both stages."""
+
+    storage: Path
+    resumed_from: dict[str, int]
+    process: subprocess.CompletedProcess
+
+
+@pytest.fixture(scope="module")
+def survivor(world, tmp_path_factory) -> Survivor:
+    storage = tmp_path_factory.mktemp("survivor")
+    running = commands.start_rule(storage, "run", *commands.settings(world, SAVING_EACH_STEP))
+    try:
+        resumed_from = {stage: kill_worker(running, storage, stage, 5) for stage in STAGES}
+        return Survivor(storage, resumed_from, running.finish())
+    finally:
+        running.kill()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_a_few_steps_and_nothing_else(survivor, finished):
+    assert survivor.process.returncode == 0, survivor.process.stderr[-4000:]
+    for stage in STAGES:
+        assert survivor.resumed_from[stage] >= 3, f"{stage} did not start from its newest checkpoint"
+    assert_same_trajectory(survivor.storage, finished.storage)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leaves_each_step_once_in_mlflow(survivor):
+    client, run = mlflow_run(survivor.storage)
+    assert run.info.status == "FINISHED"
+    for stage in STAGES:
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, f"{stage}/loss")]
+        assert steps == [row["step"] for row in history(survivor.storage, stage)]
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """One command three times: ended by Ctrl-C in stage 1, by SIGKILL to the driver in stage 2, by itself."""
+
+    storage: Path
+    interrupted: subprocess.CompletedProcess
+    status_after_interrupt: str
+    left_after_interrupt: list
+    left_after_kill: list
+    step_at_kill: int
+    lowest_step: int
+    run_ids: list[str]
+    process: subprocess.CompletedProcess
+
+
+@pytest.fixture(scope="module")
+def restarted(world, tmp_path_factory) -> Restarted:
+    storage = tmp_path_factory.mktemp("restarted")
+    command = ["run", *commands.settings(world, SAVING_EACH_STEP)]
+    started: list[Running] = []
+    try:
+        started.append(commands.start_rule(storage, *command))
+        wait(lambda: last_step(storage, "steering") >= 4, "stage 1", 200)
+        below = started[0].descendants()
+        started[0].interrupt()
+        interrupted = started[0].finish(90)
+        left_after_interrupt = remaining(below)
+        client, run = mlflow_run(storage)
+        status, run_ids = run.info.status, [run.info.run_id]
+
+        started.append(commands.start_rule(storage, *command))
+        wait(lambda: last_step(storage, "rebo") >= 6, "stage 2", 200)
+        below = started[1].descendants()
+        os.kill(started[1].process.pid, signal.SIGKILL)
+        started[1].process.wait(30)
+        left_after_kill = remaining(below)
+        for process in left_after_kill:
+            process.kill()
+        reached = lowest = last_step(storage, "rebo")
+        run_ids.append(mlflow_run(storage)[1].info.run_id)
+
+        started.append(commands.start_rule(storage, *command))
+
+        def went_on() -> bool:
+            nonlocal lowest
+            lowest = min(lowest, last_step(storage, "rebo"))
+            return lowest < reached and last_step(storage, "rebo") > lowest
+
+        wait(went_on, "stage 2 to go on under a new driver", 200)
+        process = started[2].finish()
+        run_ids.append(mlflow_run(storage)[1].info.run_id)
+        return Restarted(
+            storage,
+            interrupted,
+            status,
+            left_after_interrupt,
+            left_after_kill,
+            reached,
+            lowest,
+            run_ids,
+            process,
+        )
+    finally:
+        for running in started:
+            running.kill()
+
+
+def remaining(processes: list) -> list:
+    """Those of `processes` that still run after half a minute."""
+    try:
+        wait(lambda: not alive(processes), "Ray's processes to end", 30)
+    except AssertionError:
+        return alive(processes)
+    return []
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_everything_and_says_how_to_continue(restarted):
+    assert restarted.interrupted.returncode == 130, restarted.interrupted.stderr[-4000:]
+    assert "run the same command again" in restarted.interrupted.stderr.splitlines()[-1]
+    assert not restarted.left_after_interrupt
+    assert restarted.status_after_interrupt == "KILLED"
+
+
+@pytest.mark.slow
+def test_a_killed_driver_takes_its_ray_with_it(restarted):
+    assert not restarted.left_after_kill
+
+
+@pytest.mark.slow
+def test_the_same_command_continues_after_ctrl_c_and_a_killed_driver(restarted, finished):
+    assert restarted.process.returncode == 0, restarted.process.stderr[-4000:]
+    assert restarted.step_at_kill - 3 <= restarted.lowest_step < restarted.step_at_kill
+    assert len(set(restarted.run_ids)) == 1
+    assert_same_trajectory(restarted.storage, finished.storage)
+    client, run = mlflow_run(restarted.storage)
+    assert run.info.status == "FINISHED"
+    for name in ("steering/loss", "rebo/reward"):
+        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, name))
+        assert set(steps.values()) == {1}
+
+
+def broken_data(world, folder: Path, name: str, change) -> Path:
+    """A copy of the world's data with the text of one file changed."""
+    shutil.copytree(world.data, folder)
+    path = folder / f"{name}.json"
+    path.write_text(change(path.read_text()))
+    return folder
+
+
+def only(label: str):
+    """Keeps the training questions of one side."""
+    return lambda text: json.dumps([row for row in json.loads(text) if row["solution"][0] == label])
+
+
+def without(index: int, field: str):
+    """Drops a field of one row."""
+
+    def change(text: str) -> str:
+        rows = json.loads(text)
+        del rows[index][field]
+        return json.dumps(rows)
+
+    return change
+
+
+def without_file(world, folder: Path, name: str, instead: str | None = None) -> Path:
+    """A copy of the world's model with one file gone, or under another name."""
+    shutil.copytree(world.model, folder)
+    if instead:
+        (folder / name).rename(folder / instead)
+    else:
+        (folder / name).unlink()
+    return folder
+
+
+MISTAKES = {
+    "unknown key": ({"rule.rebo.learning_rat": 1}, ("unknown key rule.rebo.learning_rat", "rule.rebo.learning_rate")),
+    "wrong type": ({"rule.rebo.steps": "many"}, ("--set rule.rebo.steps=many", "rule.rebo.steps = 'many'")),
+    "group of one": ({"rule.rebo.completions_per_prompt": 1}, ("completions_per_prompt must be at least 2",)),
+    "no data folder": ({"rule.data": "nowhere"}, ("rule.data = nowhere", "name one")),
+    "no valid JSON": (
+        {"rule.data": lambda w, at: broken_data(w, at, "forget_level1", lambda text: text.replace(",", ";", 1))},
+        ("forget_level1.json", "line 3"),
+    ),
+    "row without field": (
+        {"rule.data": lambda w, at: broken_data(w, at, "reject_target", without(1, "output"))},
+        ("reject_target.json, row 1: output is missing",),
+    ),
+    "no forget question": (
+        {"rule.data": lambda w, at: broken_data(w, at, "rl_rejection_with_fb_neighbor_target", only("<normal>"))},
+        ("no forget question",),
+    ),
+    "no boundary question": (
+        {"rule.data": lambda w, at: broken_data(w, at, "rl_rejection_with_fb_neighbor_target", only("<reject>"))},
+        ("no boundary question",),
+    ),
+    "question too long": ({"rule.rebo.max_prompt_tokens": 3}, ("rule.rebo.max_prompt_tokens = 3", "question 0")),
+    "no tokenizer": (
+        {"rule.model": lambda w, at: without_file(w, at, "tokenizer.json")},
+        ("has no tokenizer",),
+    ),
+    "pickled weights": (
+        {"rule.model": lambda w, at: without_file(w, at, "model.safetensors", "pytorch_model.bin")},
+        ("pytorch_model.bin", "safetensors"),
+    ),
+    "hub out of reach": (
+        {"rule.model": "somebody/some-model", "rule.revision": "0" * 40},
+        ("somebody/some-model", "hub cannot be reached"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(world, tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess, Path]]:
+    """What each mistake is answered with, and the storage that it must not touch."""
+    folder = tmp_path_factory.mktemp("mistakes")
+
+    def answer(name: str) -> tuple[subprocess.CompletedProcess, Path]:
+        place = folder / name.replace(" ", "-")
+        place.mkdir()
+        changes = MISTAKES[name][0]
+        made = {key: value(world, place / "made") if callable(value) else value for key, value in changes.items()}
+        storage = place / "storage"
+        process = subprocess.run(
+            commands.rule_command("run", *commands.settings(world, made)),
+            cwd=commands.ROOT,
+            env=commands.clean_environment() | {"RAYWARD_STORAGE": str(storage)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        return process, storage
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MISTAKES, pool.map(answer, MISTAKES), strict=True))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_in_one_sentence_before_anything_is_written(refusals, name):
+    process, storage = refusals[name]
+    assert process.returncode == 2, process.stderr[-3000:]
+    told = process.stderr.splitlines()
+    assert [line for line in told if line.startswith("error: ")] == told[-1:]
+    assert "Traceback" not in process.stderr
+    for words in MISTAKES[name][1]:
+        assert words in told[-1]
+    assert not storage.exists()
