@@ -265,7 +265,7 @@ MISTAKES = {
         ("pytorch_model.bin", "safetensors"),
     ),
     "hub out of reach": (
-        {"rule.model": "somebody/some-model", "rule.revision": "0" * 40},
+        {"rule.model": "somebody/some-model", "rule.revision": "c0ffee00" * 5},
         ("somebody/some-model", "hub cannot be reached"),
     ),
 }

@@ -111,7 +111,7 @@ def test_the_model_is_registered_under_an_alias(finished, tracked):
     client, run = tracked
     registered = finished.report["registered_model"]
     version = client.get_model_version_by_alias(registered["name"], "unlearned")
-    assert version.version == registered["version"]
+    assert str(version.version) == registered["version"]
     assert version.run_id == run.info.run_id
     files = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "models/unlearned")}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
