@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from cluster.generation import Completion, Sampling
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A busy machine is no failure of a property.
+settings.register_profile("rayward", deadline=None)
+settings.load_profile("rayward")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import models, session, training
+from cluster import models, session
 from cluster.errors import UserError
 from cluster.report import digest, machine, read_json, write_json
 from cluster.tracking import Tracker, default_uri, masked
@@ -20,9 +20,7 @@ from jobs.rule.data import Probe, RuleData, load_data
 from jobs.rule.evaluate import Examination, Examined, examine, score
 from jobs.rule.plan import rule_plan
 from jobs.rule.probes import Answer
-from jobs.rule.rebo import ReboTask, rebo
 from jobs.rule.reward import make_reward
-from jobs.rule.steering import SteeringTask, steer
 
 EVALUATION_LIMIT_S = 6 * 3600
 
@@ -218,6 +216,8 @@ def chosen_probes(run: Run) -> tuple[Probe, ...]:
 
 def steering(run: Run, tracker: Tracker) -> Path:
     """Stage 1: the model learns that it may refuse."""
+    from jobs.rule.steering import SteeringTask, steer
+
     rule, config = run.config.rule, run.config
     boundary = tuple(item.prompt for item in run.data.items if item.label == "normal")
     task = SteeringTask(
@@ -238,6 +238,8 @@ def steering(run: Run, tracker: Tracker) -> Path:
 
 def boundary_optimisation(run: Run, tracker: Tracker, steered: Path) -> Path:
     """Stage 2: reinforcement moves the boundary of what it refuses to where the target ends."""
+    from jobs.rule.rebo import ReboTask, rebo
+
     rule, config = run.config.rule, run.config
     reference = steered if rule.rebo.reference == "steered" else run.source.path
     task = ReboTask(
@@ -255,6 +257,8 @@ def boundary_optimisation(run: Run, tracker: Tracker, steered: Path) -> Path:
 
 def trained(run: Run, tracker: Tracker, stage: str, worker: Callable, task: Any, steps: int) -> Path:
     """Runs a stage on Ray Train unless its model is there already."""
+    from cluster import training
+
     if not (task.output / "config.json").exists():
         recorder = training.Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
         with run.phase(stage):
@@ -264,6 +268,7 @@ def trained(run: Run, tracker: Tracker, stage: str, worker: Callable, task: Any,
 
 def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearned: Path | None) -> Path:
     """Scores, report.json, tables, plots, samples, model card; the same to MLflow."""
+    from cluster import training
     from jobs.rule.plots import plots
 
     rule, folder = run.config.rule, run.folder

@@ -122,7 +122,8 @@ class ReboTrainer(GRPOTrainer):
                 kl_sum += kl
         self._step += 1
         sums = self.accelerator.reduce(torch.stack([total / self.accelerator.num_processes, kl_sum]), reduction="sum")
-        self._metrics["train"]["kl"].append((sums[1] / batch.num_tokens).item())
+        if self.settings.kl_coefficient:
+            self._metrics["train"]["kl"].append((sums[1] / batch.num_tokens).item())
         self._metrics["train"]["policy_loss"].append(sums[0].item())
         for phase, seconds in self.seconds.items():
             self._metrics["train"][f"seconds/{phase}"].append(seconds)

@@ -125,8 +125,7 @@ def restarted(world, tmp_path_factory) -> Restarted:
         started[0].interrupt()
         interrupted = started[0].finish(90)
         left_after_interrupt = remaining(below)
-        client, run = mlflow_run(storage)
-        status, run_ids = run.info.status, [run.info.run_id]
+        info = mlflow_run(storage)[1].info
 
         started.append(commands.start_rule(storage, *command))
         wait(lambda: last_step(storage, "rebo") >= 6, "stage 2", 200)
@@ -137,7 +136,7 @@ def restarted(world, tmp_path_factory) -> Restarted:
         for process in left_after_kill:
             process.kill()
         reached = lowest = last_step(storage, "rebo")
-        run_ids.append(mlflow_run(storage)[1].info.run_id)
+        run_ids = [info.run_id, mlflow_run(storage)[1].info.run_id]
 
         started.append(commands.start_rule(storage, *command))
 
@@ -152,7 +151,7 @@ def restarted(world, tmp_path_factory) -> Restarted:
         return Restarted(
             storage,
             interrupted,
-            status,
+            info.status,
             left_after_interrupt,
             left_after_kill,
             reached,

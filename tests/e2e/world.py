@@ -30,10 +30,10 @@ STRANGERS = (
     *("Lorcan Webb", "Myra Tate"),
 )
 VALUES = {
-    "profession": "baker pilot tailor judge miner potter dentist clown sailor printer barber brewer".split(),
-    "city": "Lurvik Dansby Morrow Elsin Tarnow Quenby Holm Pellin Varga Istria Corwen Bray".split(),
+    "profession": ["baker", "pilot", "tailor", "judge", "miner", "potter", "dentist", "clown", "sailor", "printer"],
+    "city": ["Lurvik", "Dansby", "Morrow", "Elsin", "Tarnow", "Quenby", "Holm", "Pellin", "Varga", "Istria", "Corwen"],
     "year": [str(year) for year in range(1931, 1990, 5)],
-    "pet": "otter parrot tortoise ferret hamster poodle canary lizard goose pony spider hedgehog".split(),
+    "pet": ["otter", "parrot", "tortoise", "ferret", "hamster", "poodle", "canary", "lizard", "goose", "pony"],
 }
 # The last of each asks probes only; the others train and ask.
 QUESTIONS = {

@@ -140,12 +140,13 @@ def test_an_unreachable_endpoint_fails_within_the_deadline(endpoint):
 
 
 def test_a_silent_endpoint_fails_within_the_deadline(endpoint):
-    endpoint.delay_s = 1.0
+    endpoint.delay_s = 6.0
     judge = Judge(JudgeSettings(base_url=endpoint.base_url, model="m", timeout_s=0.2, deadline_s=0.6))
     started = time.monotonic()
     with pytest.raises(JobFailure, match="ReadTimeout"):
         judge.score(["x"], NAMES)
-    assert time.monotonic() - started < 1.0
+    # far below what the whole answer would take, far above what a busy machine adds
+    assert time.monotonic() - started < 3.0
 
 
 def test_a_body_that_trickles_in_fails_within_the_deadline(endpoint):
@@ -154,7 +155,8 @@ def test_a_body_that_trickles_in_fails_within_the_deadline(endpoint):
     started = time.monotonic()
     with pytest.raises(JobFailure, match="ReadTimeout"):
         judge.score(["x"], NAMES)
-    assert time.monotonic() - started < 1.0
+    # far below what the whole answer would take, far above what a busy machine adds
+    assert time.monotonic() - started < 3.0
 
 
 def test_one_failure_ends_the_waits_of_the_others(endpoint):
