@@ -56,8 +56,9 @@ def main(config: RuleConfig, out: Path | None = None, fresh: bool = False, comma
         UserError: what its author can mend in configuration, data or model.
         JobFailure: a stage failed for good.
     """
-    run = prepare(config, out, fresh, command)
+    run = prepare(config, out, command)
     check_training(run)
+    claim(run, fresh)
     finished = run.folder / "report.json"
     if finished.exists():
         print(f"this run is finished (--fresh starts it over): {run.folder}")
@@ -79,7 +80,8 @@ def evaluate(
     """Every metric of RULE 1.5 whose files are there, for the original model and for `model`; returns report.json."""
     checkpoint = None if model is None else models.resolve(str(model))
     pinned = digest(None if checkpoint is None else [checkpoint.name, checkpoint.version])
-    run = prepare(config, out, fresh, command, what=f"evaluate-{pinned[:6]}")
+    run = prepare(config, out, command, what=f"evaluate-{pinned[:6]}")
+    claim(run, fresh)
     finished = run.folder / "report.json"
     if finished.exists():
         show(read_json(finished))
@@ -91,32 +93,35 @@ def evaluate(
         return conclude(run, tracker, examined, None)
 
 
-def prepare(config: RuleConfig, out: Path | None, fresh: bool, command: str, what: str = "") -> Run:
-    """Everything that can be wrong is found here, before anything is started or written."""
+def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "") -> Run:
+    """Reads data and model; what is wrong with them is found here, before anything is started or written."""
     session.prepare(config)
     rule = config.rule
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
     source = models.resolve(rule.model, rule.revision)
-    identity = digest(
-        [
-            config.model_dump(include={"rule", "train", "generation"}),
-            source.name,
-            source.version,
-            data_digest(data),
-            what,
-        ]
-    )
-    folder = (out or session.storage(config) / "rule" / f"{what}{'-' if what else ''}{identity}").resolve()
+    dials = config.model_dump(include={"rule", "train", "generation"})
+    identity = digest([dials, source.name, source.version, data_digest(data), what])
+    folder = out or session.storage(config) / "rule" / f"{what}{'-' if what else ''}{identity}"
+    return Run(config, data, source, folder.resolve(), command, {"identity": identity})
+
+
+def claim(run: Run, fresh: bool) -> None:
+    """Takes up what an earlier driver of the same run left in its folder, or clears it where `fresh` says so.
+
+    Raises:
+        UserError: the folder holds something else; nothing is touched then.
+    """
+    folder, identity = run.folder, run.state["identity"]
     state = read_json(folder / "state.json") or {}
     if not state and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {folder} holds other things than a run; name a new or empty folder")
     if fresh and state:
         with exclusively(folder):
             shutil.rmtree(folder)
-        state = {}
-    if state and state["identity"] != identity:
+    elif state and state["identity"] != identity:
         raise UserError(f"{folder} holds a run of another configuration; take another --out, or --fresh to replace it")
-    return Run(config, data, source, folder, command, state | {"identity": identity})
+    else:
+        run.state |= state
 
 
 def check_training(run: Run) -> None:
