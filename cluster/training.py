@@ -271,7 +271,13 @@ def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, 
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     resources = {"CPU": train.cpus_per_worker}
-    trainer = TorchTrainer(
+
+    class InterruptibleTrainer(TorchTrainer):
+        # Ray's own handler ends the driver on Ctrl-C with status 1 and without a word, and outlives the training.
+        def _register_sigint_handler(self, controller: object) -> None:
+            pass
+
+    trainer = InterruptibleTrainer(
         lambda _: worker(task, recorder),
         train_loop_config={},
         torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
