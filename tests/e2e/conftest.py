@@ -17,16 +17,14 @@ from tests.e2e.world import World, build, fingerprint
 @pytest.fixture(scope="session")
 def world(request, tmp_path_factory) -> World:
     """The tiny world, kept in pytest's cache until what makes it changes."""
-    if request.config.getoption("cacheclear") or not hasattr(request.config, "cache"):
+    if not hasattr(request.config, "cache"):  # -p no:cacheprovider
         return build(tmp_path_factory.mktemp("world"))
     kept = request.config.cache.mkdir("rayward-world")
-    folder = kept / fingerprint()
+    folder, partial = kept / fingerprint(), kept / "partial"
     if not folder.exists():
-        partial = tmp_path_factory.mktemp("world")
-        build(partial)
         shutil.rmtree(kept)
-        shutil.copytree(partial, kept / f"{folder.name}.partial")
-        (kept / f"{folder.name}.partial").rename(folder)
+        build(partial)
+        partial.rename(folder)
     return World(folder / "model", folder / "gold", folder / "data")
 
 

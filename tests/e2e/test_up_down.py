@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -20,38 +17,7 @@ import pytest
 
 from cluster import processes
 from cluster.processes import Session, birth
-
-ROOT = Path(__file__).parents[2]
-
-
-def clean_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "HF_"))}
-
-
-def cluster(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "cluster", *arguments],
-        cwd=ROOT,
-        env=clean_environment() | environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-
-
-def free_ports() -> dict[str, int]:
-    holders = [socket.socket() for _ in range(3)]
-    for holder in holders:
-        holder.bind(("127.0.0.1", 0))
-    ports = dict(zip(("dashboard", "ray", "mlflow"), (holder.getsockname()[1] for holder in holders), strict=True))
-    for holder in holders:
-        holder.close()
-    return ports
-
-
-def options(storage: Path, ports: dict[str, int]) -> list[str]:
-    return ["--storage", str(storage), "--num-cpus", "2"] + [f"--{name}-port={port}" for name, port in ports.items()]
+from tests.e2e.commands import ROOT, clean_environment, cluster, free_ports, options, wait
 
 
 def members(state: dict) -> set[psutil.Process]:
@@ -66,13 +32,6 @@ def status(address: str, token: str = "") -> int | None:
         return httpx.get(address, headers=headers, timeout=10, trust_env=False).status_code
     except httpx.ConnectError:
         return None
-
-
-def wait(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"waited 60 s for {what}"
-        time.sleep(0.1)
 
 
 @pytest.fixture
