@@ -124,17 +124,23 @@ def complete(
     llm: "LLM", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[list[Completion]]:
     """Completions by vLLM; stop strings are cut afterwards, so that they mean the same in both engines."""
+    import torch
     from vllm import SamplingParams
 
+    # The CPU build takes no seed of a request; it draws from this process's generator, which is put back afterwards.
+    seeded = torch.cuda.is_available()
     parameters = SamplingParams(
         n=sampling.num_completions,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         max_tokens=sampling.max_new_tokens,
-        seed=sampling.seed,
+        seed=sampling.seed if seeded else None,
         detokenize=False,
     )
-    outputs = llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], parameters, use_tqdm=False)
+    with torch.random.fork_rng(enabled=not seeded):
+        if not seeded:
+            torch.manual_seed(sampling.seed)
+        outputs = llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], parameters, use_tqdm=False)
     return [
         [
             Completion(
