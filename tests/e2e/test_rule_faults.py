@@ -19,6 +19,8 @@ from cluster.report import read_json
 from tests.e2e import commands
 from tests.e2e.commands import Running, alive, history, last_step, run_folder, wait
 
+# A fixture makes several runs, each with a deadline of its own.
+pytestmark = pytest.mark.timeout(1200)
 STAGES = ("steering", "rebo")
 SAVING_EACH_STEP = {"train.checkpoint_every": 1}
 

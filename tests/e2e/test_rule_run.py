@@ -11,7 +11,7 @@ import pytest
 from tests.e2e import commands
 from tests.e2e.world import GENERAL, TARGET
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from cluster.processes import Session
 from tests.e2e import commands
 from tests.e2e.commands import ROOT, clean_environment, cluster, free_ports, history, is_training_worker, options, wait
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TWO_WORKERS = {
     "train.num_workers": 2,
