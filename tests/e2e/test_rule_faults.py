@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +188,19 @@ def test_ctrl_c_ends_everything_and_says_how_to_continue(restarted):
 @pytest.mark.slow
 def test_a_killed_driver_takes_its_ray_with_it(restarted):
     assert not restarted.left_after_kill
+
+
+@pytest.mark.slow
+def test_the_same_command_continues_after_ctrl_c_and_a_killed_driver(restarted, finished):
+    assert restarted.process.returncode == 0, restarted.process.stderr[-4000:]
+    assert restarted.step_at_kill - 3 <= restarted.lowest_step <= restarted.step_at_kill
+    assert len(set(restarted.run_ids)) == 1
+    assert_same_trajectory(restarted.storage, finished.storage)
+    client, run = mlflow_run(restarted.storage)
+    assert run.info.status == "FINISHED"
+    for name in ("steering/loss", "rebo/reward"):
+        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, name))
+        assert set(steps.values()) == {1}
 
 
 def broken_data(world, folder: Path, name: str, change) -> Path:

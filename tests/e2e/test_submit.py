@@ -11,7 +11,7 @@ import pytest
 
 from cluster.processes import Session
 from tests.e2e import commands
-from tests.e2e.commands import ROOT, clean_environment, cluster, free_ports, history, is_training_worker, options
+from tests.e2e.commands import ROOT, clean_environment, cluster, free_ports, history, is_training_worker, options, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -90,3 +90,22 @@ def test_two_workers_share_the_batch_of_one(submitter, submitted, finished):
     assert first["refusal_forget"] * forget_samples == pytest.approx(round(first["refusal_forget"] * forget_samples))
     assert 0 <= first["reward"] <= 1
     assert abs(first["loss"]) < 10
+
+
+def test_stop_ends_a_submitted_job_and_frees_its_workers(submitter, submitted, world):
+    from mlflow import MlflowClient
+
+    before = set((submitter.storage / "rule").iterdir())
+    changes = {"rule.seed": 7, "rule.rebo.steps": 400}
+    command = ["python", "-m", "jobs.rule", "run", *commands.settings(world, changes)]
+    asked = submitter.job("submit", "--no-wait", "--submission-id", "endless", "--working-dir", ".", "--", *command)
+    assert asked.returncode == 0, asked.stderr
+    wait(submitter.training_workers, "the submitted job to train", 200)
+    stopped = submitter.job("stop", "endless")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "was stopped" in stopped.stdout
+    wait(lambda: not submitter.training_workers(), "the training workers to end", 60)
+    [folder] = {path for path in (submitter.storage / "rule").iterdir() if path.is_dir()} - before
+    state = json.loads((folder / "state.json").read_text())
+    assert MlflowClient(state["tracking_uri"]).get_run(state["mlflow_run_id"]).info.status == "KILLED"
+    assert not (folder / "report.json").exists()
