@@ -86,10 +86,11 @@ class TransformersEngine:
         self, prompts: list[list[int]], sampling: Sampling, generator: "torch.Generator"
     ) -> list[list[Completion]]:
         import torch
-        from transformers import DynamicCache
+
+        from cluster.kv_cache import roomy_cache
 
         device, repeats = self.model.device, sampling.num_completions
-        cache = DynamicCache(config=self.model.config)
+        cache = roomy_cache(self.model.config, sampling.max_new_tokens)
         common = shared_beginning(prompts) if len(prompts) > 1 else 0
         if common:
             ids = torch.tensor([prompts[0][:common]], device=device)
@@ -107,24 +108,28 @@ class TransformersEngine:
         positions = positions[:, -1:]
 
         active = torch.arange(len(prompts) * repeats, device=device)
+        going = torch.ones(len(active), dtype=torch.bool, device=device)
         tokens: list[list[int]] = [[] for _ in range(len(prompts) * repeats)]
         ended: dict[int, str] = {}
         end_ids = torch.tensor(self.end_ids, device=device)
         for step in range(sampling.max_new_tokens):
             drawn = draw(logits, sampling.temperature, sampling.top_p, generator)
-            for row, token in zip(active.tolist(), drawn.tolist(), strict=True):
-                tokens[row].append(token)
-            going = ~torch.isin(drawn, end_ids)
+            for row, token, goes in zip(active.tolist(), drawn.tolist(), going.tolist(), strict=True):
+                if goes:
+                    tokens[row].append(token)
+            stops = torch.isin(drawn, end_ids)
             if sampling.stop:
-                stopped = [self._stops(tokens[row], sampling.stop) for row in active.tolist()]
-                going &= ~torch.tensor(stopped, device=device)
-            ended |= dict.fromkeys(active[~going].tolist(), "stop")
+                stops |= torch.tensor([self._stops(tokens[row], sampling.stop) for row in active.tolist()]).to(device)
+            ended |= dict.fromkeys(active[going & stops].tolist(), "stop")
+            going &= ~stops
             if not going.any() or step + 1 == sampling.max_new_tokens:
                 break
-            if not going.all():
+            # Leaving copies the whole cache, which a sixteenth of the work of the steps to come pays for.
+            if going.float().mean() <= 1 - 1 / 16:
                 keep = going.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
-                active, drawn, mask, positions = active[keep], drawn[keep], mask[keep], positions[keep]
+                active, going, drawn = active[keep], going[keep], drawn[keep]
+                mask, positions = mask[keep], positions[keep]
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=-1)
             positions = positions + 1
             logits = self._forward(drawn.unsqueeze(-1), mask, positions, cache)
@@ -169,15 +174,32 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 
 def draw(logits: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> "torch.Tensor":
     """One token a row: logits (B, V) -> ids (B,). Temperature 0 takes the most likely, top_p is nucleus sampling."""
+    import torch
+
     if temperature == 0:
         return logits.argmax(-1)
+    uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    # On a CPU a few rows at a time stay in its cache; `multinomial` would draw a number for each token there is.
+    rows = len(logits) if logits.is_cuda else 8
+    drawn = [_inverse(*part, temperature, top_p) for part in zip(logits.split(rows), uniform.split(rows), strict=True)]
+    return torch.cat(drawn)
+
+
+def _inverse(logits: "torch.Tensor", uniform: "torch.Tensor", temperature: float, top_p: float) -> "torch.Tensor":
+    """Inverse transform sampling: the first token whose cumulative probability exceeds `uniform` (B, 1) in [0, 1)."""
+    import torch
+
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
         # a token stays while the mass before it is below top_p, so that the most likely one always stays
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
         probabilities = probabilities.scatter(-1, order, ordered)
-    return probabilities.multinomial(1, generator=generator).squeeze(-1)
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    # rounding must not lift the level to the total, where only tokens of probability 0 are left
+    level = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, level, right=True).squeeze(-1)
 
 
 def chosen_engine(settings: "Generation", train: "Train") -> str:

@@ -128,8 +128,41 @@ def row_logprobs(model: torch.nn.Module, row: PackedRow, temperature: float) -> 
         logits_to_keep=row.keep,
         use_cache=False,
     ).logits
-    logits = logits.reshape(-1, logits.shape[-1]).float() / temperature
-    return logits[row.scored, row.targets] - logits.logsumexp(-1)[row.scored]
+    return _TokenLogprobs.apply(logits.reshape(-1, logits.shape[-1]), row.scored, row.targets, temperature)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log_softmax(logits / temperature)[scored, targets] in float32, whatever the logits' precision.
+
+    Written by hand because logits are the largest tensor there is: autograd passes over them nine times, this four.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, scored: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """logits (K, V), scored (N,) rows of them, targets (N,) -> (N,)."""
+        normalisers = torch.cat([(part.float() / temperature).logsumexp(-1) for part in logits.split(_ROWS)])
+        ctx.save_for_backward(logits, scored, targets, normalisers)
+        ctx.temperature = temperature
+        return logits[scored, targets].float() / temperature - normalisers[scored]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """d logprob / d logit = (1[target] - softmax) / temperature, summed over the tokens that one row predicts."""
+        logits, scored, targets, normalisers = ctx.saved_tensors
+        gradient = gradient / ctx.temperature
+        by_row = torch.zeros_like(normalisers).index_add_(0, scored, gradient)
+        flow = torch.empty_like(logits)
+        for part, out, total, normaliser in zip(
+            logits.split(_ROWS), flow.split(_ROWS), by_row.split(_ROWS), normalisers.split(_ROWS), strict=True
+        ):
+            shares = (part.float() / ctx.temperature).sub_(normaliser[:, None]).exp_()
+            torch.mul(shares, -total[:, None], out=shares)
+            out.copy_(shares)
+        flow.index_put_((scored, targets), gradient.to(flow.dtype), accumulate=True)
+        return flow, None, None, None
+
+
+_ROWS = 16  # of logits at a time: a few MB, which stay in the processor's cache
 
 
 def can_share(config: object) -> bool:

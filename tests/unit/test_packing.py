@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from jobs.rule.loss import k3_divergence, policy_loss
-from jobs.rule.packing import Group, can_share, pack, plain_rows, plan_rows, row_logprobs
+from jobs.rule.packing import Group, _TokenLogprobs, can_share, pack, plain_rows, plan_rows, row_logprobs
 
 VOCABULARY = 200
 
@@ -95,6 +95,21 @@ def test_logprobs_equal_an_unpacked_forward_pass(model, name):
                 mine = row.sequence == group.first + offset
                 torch.testing.assert_close(packed[mine].double(), wanted, rtol=1e-5, atol=1e-5)
                 assert row.targets[mine].tolist() == completion
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_token_logprobs_is_autograds(precision):
+    torch.manual_seed(0)
+    logits = torch.randn(40, 100).to(precision).requires_grad_()
+    scored, targets, weights = torch.randint(0, 40, (60,)), torch.randint(0, 100, (60,)), torch.randn(60)
+    mine = _TokenLogprobs.apply(logits, scored, targets, 0.7)
+    (flow,) = torch.autograd.grad((mine * weights).sum(), logits)
+    plain = (logits.float() / 0.7).log_softmax(-1)[scored, targets]
+    (plain_flow,) = torch.autograd.grad((plain * weights).sum(), logits)
+    torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
+    assert flow.dtype == precision
+    tolerance = 1e-5 if precision == torch.float32 else 2e-2
+    torch.testing.assert_close(flow, plain_flow, rtol=tolerance, atol=tolerance)
 
 
 def test_what_is_shared_is_laid_out_once():
