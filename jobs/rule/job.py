@@ -234,6 +234,7 @@ def steering(run: Run, tracker: Tracker) -> Path:
         config.train,
         config.generation,
         rule.rebo.max_completion_tokens,
+        rule.rebo.temperature,
         rule.seed,
     )
     epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)

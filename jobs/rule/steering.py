@@ -26,7 +26,11 @@ CHECKED_QUESTIONS = 32
 
 @dataclass(frozen=True)
 class SteeringTask:
-    """What a worker of stage 1 needs. The stopping rule also samples `check`, boundary questions, for the record."""
+    """What a worker of stage 1 needs.
+
+    The stopping rule samples as stage 2 will (`max_completion_tokens`, `temperature`), and also asks `check`, boundary
+    questions, for the record.
+    """
 
     model: Path
     output: Path
@@ -36,6 +40,7 @@ class SteeringTask:
     train: Train
     generation: Generation
     max_completion_tokens: int
+    temperature: float
     seed: int
 
 
@@ -158,7 +163,9 @@ class StopAtRefusal(TrainerCallback):
         engine = TransformersEngine(
             policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.task.generation.max_batch_sequences
         )
-        sampling = Sampling(self.task.max_completion_tokens, temperature=1.0, seed=self.task.seed + state.global_step)
+        sampling = Sampling(
+            self.task.max_completion_tokens, self.task.temperature, seed=self.task.seed + state.global_step
+        )
         shares = {}
         for name, questions in self.questions.items():
             answers = engine.generate([chat_ids(self.tokenizer, question) for question in questions], sampling)
