@@ -30,7 +30,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _fits(self, states: torch.Tensor, length: int) -> bool:
-        """Whether keys and values still are the beginnings of the buffers: a selection or a repetition replaces them."""
+        """Whether keys and values still begin the buffers (a selection or a repetition replaces them)."""
         return (
             bool(self._buffers)
             and self.keys.data_ptr() == self._buffers[0].data_ptr()
