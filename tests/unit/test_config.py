@@ -56,7 +56,7 @@ def test_what_a_source_leaves_out_stays():
     config = load(RuleConfig, "laptop", sets=["rule.rebo.reward.target_bonus=0.1"], environ={})
     assert config.rule.rebo.reward.target_bonus == 0.1
     assert config.rule.rebo.reward.behave_weight == 0.7
-    assert config.rule.rebo.learning_rate == 1e-5
+    assert config.rule.rebo.learning_rate == 1.5e-5
 
 
 def test_null_sections_are_filled_by_dotted_keys():
