@@ -178,16 +178,16 @@ def writable(storage: Path) -> Check:
 
 
 def ports(cluster: local.Local | None) -> Check:
-    """The ports of `make up` and of Serve: free, or held by the cluster of our own that runs."""
+    """The ports of `make up`: free, or held by the cluster of our own that runs."""
     own = [cluster.ports.dashboard, cluster.ports.ray, cluster.ports.mlflow] if cluster and cluster.running else []
     wanted = local.Ports()
-    named = {"dashboard": wanted.dashboard, "ray": wanted.ray, "mlflow": wanted.mlflow, "serve": 8000}
+    named = {"dashboard": wanted.dashboard, "ray": wanted.ray, "mlflow": wanted.mlflow}
     taken = {name: port for name, port in named.items() if port not in own and not local.port_is_free(port)}
     if not taken:
         state = f"held by `make up`: {', '.join(map(str, own))}" if own else "free"
         return Check("ports", "ok", f"{', '.join(map(str, named.values()))} {state}" if not own else state)
     found = ", ".join(f"{port} ({name})" for name, port in taken.items()) + " in use"
-    remedy = "End what listens there, or name other ports (python -m cluster up --help; serve.port for Serve)."
+    remedy = "End what listens there, or name other ports (python -m cluster up --help)."
     return Check("ports", "warn", found, remedy)
 
 

@@ -29,14 +29,19 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
         return self.keys, self.values
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times."""
+        self._buffers = []
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the sequences `indices`."""
+        self._buffers = []
+        super().batch_select_indices(indices)
+
     def _fits(self, states: torch.Tensor, length: int) -> bool:
-        """Whether keys and values still begin the buffers (a selection or a repetition replaces them)."""
-        return (
-            bool(self._buffers)
-            and self.keys.data_ptr() == self._buffers[0].data_ptr()
-            and self._buffers[0].shape[0] == states.shape[0]
-            and self._buffers[0].shape[-2] >= length
-        )
+        """Whether the buffers hold this batch (a selection or a repetition drops them) and have room for `length`."""
+        return bool(self._buffers) and self._buffers[0].shape[-2] >= length
 
     def _pairs(self, *states: torch.Tensor) -> zip:
         return zip((self.keys, self.values), states, strict=True)

@@ -312,7 +312,7 @@ def _update_rows(shape: ModelShape, train: Train, largest: Pass, shards: int, tr
     if train.activation_checkpointing:
         held, note = tokens * shape.hidden * FLOAT32 * shape.layers + block, f"{tokens} tokens, checkpointed"
     yield MemoryRow("activations", held, "update", note)
-    # As computed, scaled, and the gradients of both: log-probabilities are taken in float32.
+    # The logits and their gradient, and as much again for what the allocator keeps: measured peaks are that high.
     logits = largest.kept * shape.vocabulary * (4 * FLOAT32 + (element if half else 0))
     yield MemoryRow("logits", logits, "update", f"{largest.kept} positions x {shape.vocabulary} words")
     # The embedding's gradient comes in two parts where the head shares its weights; FSDP gathers two blocks at a time.
@@ -336,7 +336,7 @@ def _rollout_rows(
     yield MemoryRow(
         "KV cache", sequences * rollouts.tokens * _kv(shape, FLOAT32), "rollout", f"{sequences} x {rollouts.tokens}"
     )
-    # Logits, probabilities and one copy for the draw; under FSDP the whole model is gathered to generate.
+    # Logits, a float32 copy, and what the allocator keeps; under FSDP vLLM is sent gathered weights.
     sampling = sequences * shape.vocabulary * 3 * FLOAT32 + (shape.parameters * FLOAT32 if shards > 1 else 0)
     yield MemoryRow("sampling", sampling, "rollout", "logits and probabilities of one token each")
 

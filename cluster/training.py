@@ -82,7 +82,8 @@ class Recorder:
 
     def _read(self, name: str = HISTORY) -> list[dict]:
         path = self.folder / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        # not splitlines: a completion may hold other line separators (U+2028), which JSON leaves as they are
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
 
     def _write(self, rows: list[dict], name: str = HISTORY) -> None:
         path = self.folder / name

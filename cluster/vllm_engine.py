@@ -129,14 +129,18 @@ def complete(
 
     # The CPU build takes no seed of a request; it draws from this process's generator, which is put back afterwards.
     seeded = torch.cuda.is_available()
-    parameters = SamplingParams(
-        n=sampling.num_completions,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        max_tokens=sampling.max_new_tokens,
-        seed=sampling.seed if seeded else None,
-        detokenize=False,
-    )
+    parameters = [
+        SamplingParams(
+            n=sampling.num_completions,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            # vLLM counts up from here for the completions of one prompt; prompts must not share their noise
+            seed=(sampling.seed * 1_000_003 + index) * 1009 % 2**63 if seeded else None,
+            detokenize=False,
+        )
+        for index in range(len(prompts))
+    ]
     with torch.random.fork_rng(enabled=not seeded):
         if not seeded:
             torch.manual_seed(sampling.seed)

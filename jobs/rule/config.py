@@ -37,7 +37,7 @@ class Rebo(Section):
     learning_rate: float = Field(default=2e-6, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    steps: int = Field(default=20, ge=0)
+    steps: int = Field(default=20, ge=1)
     prompts_per_step: int = Field(default=32, ge=1)
     completions_per_prompt: int = Field(default=8)
     updates_per_rollout: int = Field(default=1, ge=1)

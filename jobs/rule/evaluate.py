@@ -39,8 +39,10 @@ class Examined:
 
 def examine(task: Examination) -> Examined:
     """Asks all probes and, where `task.benchmarks` names a folder, runs every benchmark whose files lie there."""
+    from transformers import AutoConfig
+
     from cluster.generation import open_engine
-    from cluster.models import load_model, load_tokenizer
+    from cluster.models import context_length, load_model, load_tokenizer
     from cluster.training import peak_memory_gib
     from jobs.rule.naturalness import perplexities
 
@@ -48,10 +50,18 @@ def examine(task: Examination) -> Examined:
     tokenizer = load_tokenizer(task.model)
     prompts = [probe_ids(tokenizer, probe, task.settings.prompt_form) for probe in task.probes]
     max_tokens = max(map(len, prompts)) + task.settings.max_new_tokens
+    if task.benchmarks is not None:
+        # their demonstrations fill the context
+        max_tokens = max(max_tokens, context_length(AutoConfig.from_pretrained(task.model, local_files_only=True)))
     engine = open_engine(task.model, task.generation, task.train, max_tokens, task.seed)
     answers = ask(engine, tokenizer, task.probes, task.settings, _progress)
     asked = [index for index, probe in enumerate(task.probes) if probe.kind in FORGET_KINDS]
-    original = load_model(task.original)
+    gpu = bool(task.train.gpus_per_worker)
+
+    def scoring_model(path: Path):
+        return load_model(path, task.train.precision if gpu else "float32").to("cuda" if gpu else "cpu")
+
+    original = scoring_model(task.original)
     fluency = perplexities(
         original,
         tokenizer,
@@ -63,7 +73,7 @@ def examine(task: Examination) -> Examined:
     if task.benchmarks is not None:
         from jobs.rule.benchmarks import run_benchmarks
 
-        model = original if task.model == task.original else load_model(task.model)
+        model = original if task.model == task.original else scoring_model(task.model)
         benchmarks = run_benchmarks(task.benchmarks, model, engine, tokenizer, task.settings, task.seed)
     return Examined(answers, fluency, benchmarks, time.perf_counter() - start, peak_memory_gib())
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster import models, session
 from cluster.errors import UserError
+from cluster.generation import chosen_engine
 from cluster.report import digest, machine, read_json, write_json
 from cluster.tracking import Tracker, default_uri, masked
 from jobs.rule import report as reporting
@@ -138,6 +139,11 @@ def check_training(run: Run) -> None:
             "rule.rebo.reference = original needs a second model, which LoRA does without; "
             "take steered, or train.lora=null"
         )
+    if run.config.train.strategy == "fsdp" and chosen_engine(run.config.generation, run.config.train) != "vllm":
+        raise UserError(
+            "train.strategy = fsdp needs generation.engine = vllm: transformers cannot generate with sharded weights, "
+            "for its ranks take different numbers of forward passes"
+        )
     rule_plan(run.config, run.data, run.source.path).require_fit()
 
 
@@ -176,7 +182,7 @@ def tracked(run: Run, name: str):
         run.config.model_dump(include={"rule", "train", "generation"}),
         {"data_digest": data_digest(run.data), "target": run.data.target, "model": run.source.name},
         run.state.get("mlflow_run_id"),
-        storage,
+        storage if uri == default_uri(storage) else None,
     ) as tracker:
         run.save(mlflow_run_id=tracker.run_id, tracking_uri=uri)
         yield tracker
@@ -235,6 +241,7 @@ def steering(run: Run, tracker: Tracker) -> Path:
         config.generation,
         rule.rebo.max_completion_tokens,
         rule.rebo.temperature,
+        rule.rebo.top_p,
         rule.seed,
     )
     epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)
@@ -365,4 +372,4 @@ def _unpacked(content: dict) -> Examined:
 
 
 def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []

@@ -28,13 +28,14 @@ class Group:
 class PackedRow:
     """One forward pass. T tokens, K positions whose logits are needed, N completion tokens to score.
 
+    `attention_mask` is None for a single completion: the model's own mask is right then, whatever its layers attend to.
     `scored` (N,) indexes the K kept positions: the one that predicts the token; `targets` (N,) is the token;
     `sequence` (N,) is the completion in the batch that it belongs to.
     """
 
     input_ids: Int[Tensor, "1 T"]
     position_ids: Int[Tensor, "1 T"]
-    attention_mask: Bool[Tensor, "1 1 T T"]
+    attention_mask: Bool[Tensor, "1 1 T T"] | None
     keep: Bool[Tensor, "1 T"]
     scored: Int[Tensor, " N"]
     targets: Int[Tensor, " N"]
@@ -42,7 +43,8 @@ class PackedRow:
 
     def to(self, device: torch.device) -> "PackedRow":
         """The row on another device."""
-        return PackedRow(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
+        return PackedRow(**moved)
 
 
 def plan_rows(groups: Sequence[Group], tokens_per_row: int) -> list[list[Group]]:
@@ -102,21 +104,27 @@ def pack(groups: Sequence[Group]) -> PackedRow:
             targets.extend(completion)
             sequence.extend([group.first + offset] * len(completion))
 
+    alone = len(groups) == 1 and len(groups[0].completions) == 1
     node, position = torch.tensor(nodes), torch.tensor(positions)
-    sees = torch.zeros(len(ancestors), len(ancestors), dtype=torch.bool)
-    for index, lineage in enumerate(ancestors):
-        sees[index, lineage] = True
     kept = torch.zeros(len(ids), dtype=torch.bool)
     kept[keep] = True
     return PackedRow(
         input_ids=torch.tensor(ids)[None],
         position_ids=position[None],
-        attention_mask=(sees[node][:, node] & (position[None, :] <= position[:, None]))[None, None],
+        attention_mask=None if alone else _mask(ancestors, node, position),
         keep=kept[None],
         scored=torch.tensor(scored),
         targets=torch.tensor(targets),
         sequence=torch.tensor(sequence),
     )
+
+
+def _mask(ancestors: list[list[int]], node: Tensor, position: Tensor) -> Bool[Tensor, "1 1 T T"]:
+    """Which tokens each token sees: those before it in its own node and in the nodes above."""
+    sees = torch.zeros(len(ancestors), len(ancestors), dtype=torch.bool)
+    for index, lineage in enumerate(ancestors):
+        sees[index, lineage] = True
+    return (sees[node][:, node] & (position[None, :] <= position[:, None]))[None, None]
 
 
 def row_logprobs(model: torch.nn.Module, row: PackedRow, temperature: float) -> Tensor:

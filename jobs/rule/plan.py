@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
+from cluster.generation import chosen_engine
 from cluster.memory import ModelShape, Node, Pass, Rollouts, memory_plan, this_node
 from cluster.models import chat_ids, load_tokenizer
 from cluster.plan import Plan, batch_plan
@@ -104,14 +105,13 @@ def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) 
         tokens_per_row=train.tokens_per_row,
     )
     row = min(lengths.longest_refusal, steering.max_tokens)
-    here = steering.batch_size // workers * row
+    here = max(row, min(train.tokens_per_row, steering.batch_size // workers * row))
     steering_memory = memory_plan(
         shape,
         train,
         config.generation,
         node,
-        # the trainer computes the logits of every position
-        largest=Pass(here, here, "rule.steering.batch_size", row * workers, row),
+        largest=Pass(here, here, smallest=row),
     )
     largest_group = lengths.longest_prompt + group
     tokens = max(largest_group, min(train.tokens_per_row, rebo.prompts_per_step // workers * largest_group))
@@ -126,7 +126,7 @@ def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) 
             lengths.longest_prompt + rebo.max_completion_tokens,
         ),
         reference=rebo.kl_coefficient > 0,
-        colocated_engine=config.generation.engine == "vllm",
+        colocated_engine=chosen_engine(config.generation, train) == "vllm",
     )
     return Plan((first, second), {"steering": steering_memory, "rebo": rebo_memory})
 

@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState
 
 CHECKED_QUESTIONS = 32
+# The plain "constant" of transformers knows no warm-up.
+SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
 class SteeringTask:
     """What a worker of stage 1 needs.
 
-    The stopping rule samples as stage 2 will (`max_completion_tokens`, `temperature`), and also asks `check`, boundary
-    questions, for the record.
+    The stopping rule samples as stage 2 will (`max_completion_tokens`, `temperature`, `top_p`), and also asks `check`,
+    boundary questions, for the record.
     """
 
     model: Path
@@ -41,6 +43,7 @@ class SteeringTask:
     generation: Generation
     max_completion_tokens: int
     temperature: float
+    top_p: float
     seed: int
 
 
@@ -60,7 +63,7 @@ def steer(task: SteeringTask, recorder: training.Recorder) -> None:
             per_device_train_batch_size=task.settings.batch_size // world,
             num_train_epochs=task.settings.epochs,
             learning_rate=task.settings.learning_rate,
-            lr_scheduler_type=task.settings.schedule,
+            lr_scheduler_type=SCHEDULES[task.settings.schedule],
             warmup_steps=task.settings.warmup_steps,
             remove_unused_columns=False,
         )
@@ -164,7 +167,10 @@ class StopAtRefusal(TrainerCallback):
             policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.task.generation.max_batch_sequences
         )
         sampling = Sampling(
-            self.task.max_completion_tokens, self.task.temperature, seed=self.task.seed + state.global_step
+            self.task.max_completion_tokens,
+            self.task.temperature,
+            self.task.top_p,
+            seed=self.task.seed + state.global_step,
         )
         shares = {}
         for name, questions in self.questions.items():

@@ -97,6 +97,29 @@ def test_logprobs_equal_an_unpacked_forward_pass(model, name):
                 assert row.targets[mine].tolist() == completion
 
 
+def test_a_sliding_window_is_kept_in_the_plain_form():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=4,
+    )
+    model = MistralForCausalLM(config).eval()
+    assert not can_share(config)
+    prompt, completion = list(range(3, 13)), [20, 21, 22]
+    [groups] = plain_rows([Group(prompt, [completion], 0)])
+    with torch.no_grad():
+        mine = row_logprobs(model, pack(groups), 1.0)
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    torch.testing.assert_close(mine, logits.log_softmax(-1)[range(3), completion])
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_gradient_of_token_logprobs_is_autograds(precision):
     torch.manual_seed(0)
