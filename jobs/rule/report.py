@@ -231,6 +231,8 @@ def step_seconds(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Mean seconds of a stage-2 step by part (rollout, reward, reference, update, sync)."""
     parts: dict[str, list[float]] = {}
     for row in history:
+        if row["stage"] != "rebo":
+            continue
         for part, seconds in row.get("seconds", {}).items():
             parts.setdefault(part, []).append(seconds)
     return {part: round(sum(values) / len(values), 3) for part, values in parts.items()}

@@ -259,6 +259,7 @@ MISTAKES = {
         ("no boundary question",),
     ),
     "question too long": ({"rule.rebo.max_prompt_tokens": 3}, ("rule.rebo.max_prompt_tokens = 3", "question 0")),
+    "sharded weights": ({"train.strategy": "fsdp"}, ("train.strategy = fsdp", "generation.engine = vllm")),
     "no tokenizer": (
         {"rule.model": lambda w, at: without_file(w, at, "tokenizer.json")},
         ("has no tokenizer",),
