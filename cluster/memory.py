@@ -163,20 +163,18 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Pass:
-    """The largest forward and backward pass: its tokens, how many of them need logits, and the key that bounds it.
+    """The largest forward and backward pass: its tokens, how many of them need logits, and the least that they can be.
 
-    `key_tokens` is how many tokens one unit of `key` stands for; `smallest` the least that `tokens` can become.
+    `train.tokens_per_row` bounds it.
     """
 
     tokens: int
     kept: int
-    key: str = "train.tokens_per_row"
-    key_tokens: int = 1
     smallest: int = 16
 
     def shrunk(self) -> "Pass":
-        """Half as large, in whole units of the key."""
-        tokens = max(self.smallest, self.tokens // 2 // self.key_tokens * self.key_tokens)
+        """Half as large."""
+        tokens = max(self.smallest, self.tokens // 2)
         return replace(self, tokens=tokens, kept=math.ceil(self.kept * tokens / self.tokens))
 
 
@@ -197,19 +195,17 @@ def memory_plan(
     largest: Pass,
     rollouts: Rollouts = Rollouts(),
     reference: bool = False,
-    trained_models: int = 1,
     colocated_engine: bool = False,
 ) -> MemoryPlan:
     """What a stage needs against what this node has, with a refusal and the smallest change where it does not fit.
 
     Args:
         reference: whether a frozen second model is held (LoRA needs none: its adapters are switched off).
-        trained_models: models of this shape that are trained at once.
         colocated_engine: whether vLLM makes the rollouts, with weights of its own, instead of the policy itself.
     """
 
     def plan(train: Train, generation: Generation, largest: Pass) -> MemoryPlan:
-        return _plan(shape, train, generation, node, largest, rollouts, reference, trained_models, colocated_engine)
+        return _plan(shape, train, generation, node, largest, rollouts, reference, colocated_engine)
 
     found = plan(train, generation, largest)
     if found.fits:
@@ -223,9 +219,9 @@ def memory_plan(
 def _changes(train: Train, generation: Generation, largest: Pass) -> Iterator[tuple[str, Train, Generation, Pass]]:
     """Changes of one setting, the least harmful first."""
     smaller = largest
-    while smaller.tokens > largest.smallest and smaller.tokens >= 2 * largest.key_tokens:
+    while smaller.tokens > largest.smallest:
         smaller = smaller.shrunk()
-        yield f"set {largest.key}={smaller.tokens // largest.key_tokens}", train, generation, smaller
+        yield f"set train.tokens_per_row={smaller.tokens}", train, generation, smaller
     if not train.activation_checkpointing:
         changed = train.model_copy(update={"activation_checkpointing": True})
         yield "set train.activation_checkpointing=true", changed, generation, largest
@@ -252,7 +248,6 @@ def _plan(
     largest: Pass,
     rollouts: Rollouts,
     reference: bool,
-    trained_models: int,
     colocated_engine: bool,
 ) -> MemoryPlan:
     gpu = bool(train.gpus_per_worker)
@@ -262,9 +257,9 @@ def _plan(
     adapters = 0 if train.lora is None else trained
     shared = f"1/{shards} of the model" if shards > 1 else ""
     rows = [
-        MemoryRow("weights", trained_models * (weights + adapters) // shards, "always", shared or "float32"),
-        MemoryRow("optimiser", trained_models * 2 * trained // shards, "always", "AdamW, two float32 states"),
-        MemoryRow("gradients", trained_models * trained // shards, "update", "float32"),
+        MemoryRow("weights", (weights + adapters) // shards, "always", shared or "float32"),
+        MemoryRow("optimiser", 2 * trained // shards, "always", "AdamW, two float32 states"),
+        MemoryRow("gradients", trained // shards, "update", "float32"),
         *_update_rows(shape, train, largest, shards, trained),
     ]
     if reference and train.lora is None:
@@ -289,7 +284,7 @@ def _plan(
         else:
             engine = here * size
     # A checkpoint is written before the last one goes, once by the trainer and once where Ray Train keeps it.
-    checkpoint = 4 * 3 * trained_models * trained
+    checkpoint = 4 * 3 * trained
     place = "GPU memory" if gpu else "memory"
     return MemoryPlan(tuple(rows), place, here, present, engine, host, checkpoint, node)
 

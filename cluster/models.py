@@ -70,7 +70,7 @@ def check_directory(directory: Path) -> None:
         raise UserError(f"model directory {directory} has no tokenizer; save the tokenizer beside the weights")
 
 
-def load_model(path: Path, dtype: str = "float32", attention: str = "sdpa") -> "PreTrainedModel":
+def load_model(path: Path, dtype: str = "float32") -> "PreTrainedModel":
     """The causal language model in `path`, in evaluation mode on the CPU; `dtype` float32 or bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -78,7 +78,7 @@ def load_model(path: Path, dtype: str = "float32", attention: str = "sdpa") -> "
     return AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        attn_implementation=attention,
+        attn_implementation="sdpa",
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,

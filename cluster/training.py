@@ -257,8 +257,8 @@ def save_final(
     save_directory(model, tokenizer, output)
 
 
-def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, train: Train, folder: Path) -> float:
-    """Runs `worker(task, recorder)` on every worker of a Ray Train group; returns the seconds it took.
+def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, train: Train, folder: Path) -> None:
+    """Runs `worker(task, recorder)` on every worker of a Ray Train group.
 
     `folder` keeps Ray Train's own state: the same folder again continues from the newest checkpoint. It is removed when
     the stage is done.
@@ -270,7 +270,6 @@ def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, 
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     resources = {"CPU": train.cpus_per_worker}
 
@@ -302,7 +301,6 @@ def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, 
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
         raise JobFailure(f"training stage {recorder.stage} failed: {type(cause).__name__}: {lines[-1]}") from error
     shutil.rmtree(folder, ignore_errors=True)
-    return time.perf_counter() - start
 
 
 def _nested(figures: dict[str, Any]) -> dict[str, Any]:

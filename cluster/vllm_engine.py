@@ -46,7 +46,6 @@ class RolloutEngine(VLLMGeneration):
     """vLLM in the training process: TRL's weight names and FSDP gathering, Rayward's interface."""
 
     def __init__(self, trainer: "GRPOTrainer", settings: Generation, max_tokens: int) -> None:
-        self.settings = settings
         self.gpu = trainer.accelerator.device.type == "cuda"
         super().__init__(
             trainer.model,

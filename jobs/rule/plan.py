@@ -91,6 +91,8 @@ def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) 
         steering.batch_size,
         steps=round(epochs * math.ceil(lengths.refusals / steering.batch_size)),
         workers=workers,
+        group_tokens=min(lengths.longest_refusal, steering.max_tokens),
+        tokens_per_row=train.tokens_per_row,
     )
     group = rebo.completions_per_prompt * rebo.max_completion_tokens
     second = batch_plan(
