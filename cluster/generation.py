@@ -159,6 +159,42 @@ class TransformersEngine:
         return bool(text.strip()) and any(string in text.lstrip() for string in stop)
 
 
+class HalfPrecisionEngine(TransformersEngine):
+    """Generation by a bfloat16 copy of a policy that is trained in float32; `sync` brings in its present weights."""
+
+    def __init__(
+        self,
+        policy: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        end_ids: Sequence[int],
+        max_batch_sequences: int = 64,
+    ) -> None:
+        import copy
+
+        import torch
+
+        super().__init__(copy.deepcopy(policy).to(torch.bfloat16), tokenizer, end_ids, max_batch_sequences)
+        self.policy = policy
+
+    def sync(self) -> None:
+        """Copies the policy's weights, rounded."""
+        import torch
+
+        with torch.no_grad():
+            for own, new in zip(self.model.parameters(), self.policy.parameters(), strict=True):
+                own.copy_(new)
+
+
+def policy_engine(
+    policy: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: "Generation", train: "Train"
+) -> TransformersEngine:
+    """The transformers engine of a policy in training, in the precision of its passes."""
+    from cluster.models import stop_ids
+
+    engine = HalfPrecisionEngine if train.precision == "bfloat16" else TransformersEngine
+    return engine(policy, tokenizer, stop_ids(policy, tokenizer), settings.max_batch_sequences)
+
+
 def shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
     """Number of leading tokens that all prompts share; each keeps at least its last token to itself."""
     longest = min(map(len, prompts)) - 1

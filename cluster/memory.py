@@ -328,8 +328,12 @@ def _rollout_rows(
     shape: ModelShape, train: Train, generation: Generation, rollouts: Rollouts, shards: int
 ) -> Iterator[MemoryRow]:
     sequences = min(rollouts.sequences, generation.max_batch_sequences)
+    element = FLOAT32
+    if train.precision == "bfloat16":
+        element = 2
+        yield MemoryRow("policy that generates", shape.parameters * element, "always", "copy in bfloat16")
     yield MemoryRow(
-        "KV cache", sequences * rollouts.tokens * _kv(shape, FLOAT32), "rollout", f"{sequences} x {rollouts.tokens}"
+        "KV cache", sequences * rollouts.tokens * _kv(shape, element), "rollout", f"{sequences} x {rollouts.tokens}"
     )
     # Logits, a float32 copy, and what the allocator keeps; under FSDP vLLM is sent gathered weights.
     sampling = sequences * shape.vocabulary * 3 * FLOAT32 + (shape.parameters * FLOAT32 if shards > 1 else 0)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from cluster import training
 from cluster.config import Generation, Train
-from cluster.generation import Generator, TransformersEngine, chosen_engine
-from cluster.models import chat_ids, load_model, load_tokenizer, stop_ids
+from cluster.generation import Generator, chosen_engine, policy_engine
+from cluster.models import chat_ids, load_model, load_tokenizer
 from jobs.rule.config import Rebo
 from jobs.rule.data import Item, schedule
 
@@ -87,6 +87,4 @@ def rollout_engine(owner: "ReboTrainer", task: ReboTask) -> Generator:
         context = task.settings.max_prompt_tokens + task.settings.max_completion_tokens
         return RolloutEngine(owner, task.generation, context)
     policy = owner.accelerator.unwrap_model(owner.model)
-    return TransformersEngine(
-        policy, owner.processing_class, stop_ids(policy, owner.processing_class), task.generation.max_batch_sequences
-    )
+    return policy_engine(policy, owner.processing_class, task.generation, task.train)

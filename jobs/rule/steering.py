@@ -11,8 +11,8 @@ from transformers import Trainer, TrainerCallback
 
 from cluster import training
 from cluster.config import Generation, Train
-from cluster.generation import Sampling, TransformersEngine
-from cluster.models import chat_ids, load_model, load_tokenizer, stop_ids
+from cluster.generation import Sampling, policy_engine
+from cluster.models import chat_ids, load_model, load_tokenizer
 from jobs.rule.config import Steering
 from jobs.rule.data import Refusal
 from jobs.rule.packing import Group, can_share, pack, plain_rows, plan_rows, row_logprobs
@@ -163,9 +163,7 @@ class StopAtRefusal(TrainerCallback):
         if state.global_step % self.task.settings.check_every:
             return
         policy = getattr(model, "module", model)
-        engine = TransformersEngine(
-            policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.task.generation.max_batch_sequences
-        )
+        engine = policy_engine(policy, self.tokenizer, self.task.generation, self.task.train)
         sampling = Sampling(
             self.task.max_completion_tokens,
             self.task.temperature,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -10,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.generation import Sampling, TransformersEngine, cut, draw
+from cluster.config import Generation, Train
+from cluster.generation import Sampling, TransformersEngine, cut, draw, policy_engine
 
 LENGTHS = [9, 1, 30, 4, 4, 17, 2, 12]
 GREEDY = Sampling(max_new_tokens=12)
@@ -104,6 +106,22 @@ def test_sampling_leaves_the_global_random_state_alone(make_engine, prompts):
     before = torch.get_rng_state()
     make_engine().generate(prompts, Sampling(max_new_tokens=4, temperature=1.0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_half_precision_engine_follows_its_policy(tiny_model, tiny_tokenizer, prompts):
+    policy = copy.deepcopy(tiny_model)
+    engine = policy_engine(policy, tiny_tokenizer, Generation(), Train(precision="bfloat16"))
+    before = engine.generate(prompts, GREEDY)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    assert engine.generate(prompts, GREEDY) == before
+    engine.sync()
+    rounded = TransformersEngine(copy.deepcopy(policy).bfloat16(), tiny_tokenizer, engine.end_ids, 64)
+    after = engine.generate(prompts, GREEDY)
+    assert after == rounded.generate(prompts, GREEDY)
+    assert after != before
+    assert next(policy.parameters()).dtype == torch.float32
 
 
 def test_an_end_token_closes_a_completion_and_is_not_in_its_text(make_engine, prompts):
