@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.errors import JobFailure
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -173,7 +175,11 @@ class HalfPrecisionEngine(TransformersEngine):
 
         import torch
 
-        super().__init__(copy.deepcopy(policy).to(torch.bfloat16), tokenizer, end_ids, max_batch_sequences)
+        rounded = copy.deepcopy(policy)
+        # weights only: `to` would also round the frequencies of the positions
+        for parameter in rounded.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        super().__init__(rounded, tokenizer, end_ids, max_batch_sequences)
         self.policy = policy
 
     def sync(self) -> None:
@@ -233,6 +239,8 @@ def _inverse(logits: "torch.Tensor", uniform: "torch.Tensor", temperature: float
         probabilities = probabilities.scatter(-1, order, ordered)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
+    if not torch.isfinite(total).all():
+        raise JobFailure("the model's logits are no numbers any more: training diverged; lower the learning rate")
     # rounding must not lift the level to the total, where only tokens of probability 0 are left
     level = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, level, right=True).squeeze(-1)

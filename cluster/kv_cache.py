@@ -22,8 +22,9 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, length = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        if not self._fits(key_states, length):
-            self._buffers = [self._roomy(old, new, past) for old, new in self._pairs(key_states, value_states)]
+        if not self._buffers or self._buffers[0].shape[-2] < length:
+            pairs = zip((self.keys, self.values), (key_states, value_states), strict=True)
+            self._buffers = [self._roomy(old, new, past) for old, new in pairs]
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, past:length] = new
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
@@ -38,13 +39,6 @@ class RoomyLayer(DynamicLayer):
         """Only the sequences `indices`."""
         self._buffers = []
         super().batch_select_indices(indices)
-
-    def _fits(self, states: torch.Tensor, length: int) -> bool:
-        """Whether the buffers hold this batch (a selection or a repetition drops them) and have room for `length`."""
-        return bool(self._buffers) and self._buffers[0].shape[-2] >= length
-
-    def _pairs(self, *states: torch.Tensor) -> zip:
-        return zip((self.keys, self.values), states, strict=True)
 
     def _roomy(self, old: torch.Tensor, new: torch.Tensor, past: int) -> torch.Tensor:
         batch, heads, added, width = new.shape

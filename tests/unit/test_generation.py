@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import Generation, Train
+from cluster.errors import JobFailure
 from cluster.generation import Sampling, TransformersEngine, cut, draw, policy_engine
+from cluster.models import load_model, save_directory
 
 LENGTHS = [9, 1, 30, 4, 4, 17, 2, 12]
 GREEDY = Sampling(max_new_tokens=12)
@@ -108,7 +110,7 @@ def test_sampling_leaves_the_global_random_state_alone(make_engine, prompts):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_half_precision_engine_follows_its_policy(tiny_model, tiny_tokenizer, prompts):
+def test_a_half_precision_engine_follows_its_policy(tiny_model, tiny_tokenizer, prompts, tmp_path):
     policy = copy.deepcopy(tiny_model)
     engine = policy_engine(policy, tiny_tokenizer, Generation(), Train(precision="bfloat16"))
     before = engine.generate(prompts, GREEDY)
@@ -117,11 +119,20 @@ def test_a_half_precision_engine_follows_its_policy(tiny_model, tiny_tokenizer, 
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     assert engine.generate(prompts, GREEDY) == before
     engine.sync()
-    rounded = TransformersEngine(copy.deepcopy(policy).bfloat16(), tiny_tokenizer, engine.end_ids, 64)
+    save_directory(policy, tiny_tokenizer, tmp_path / "policy")
+    rounded = TransformersEngine(load_model(tmp_path / "policy", "bfloat16"), tiny_tokenizer, engine.end_ids, 64)
     after = engine.generate(prompts, GREEDY)
     assert after == rounded.generate(prompts, GREEDY)
     assert after != before
     assert next(policy.parameters()).dtype == torch.float32
+    assert {buffer.dtype for buffer in engine.model.buffers() if buffer.is_floating_point()} == {torch.float32}
+
+
+def test_logits_that_are_no_numbers_are_told():
+    logits = torch.zeros(3, 10)
+    logits[1, 4] = float("nan")
+    with pytest.raises(JobFailure, match="lower the learning rate"):
+        draw(logits, 1.0, 1.0, torch.Generator())
 
 
 def test_an_end_token_closes_a_completion_and_is_not_in_its_text(make_engine, prompts):
