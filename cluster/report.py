@@ -44,6 +44,14 @@ def read_json(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a JSON Lines file; none where there is none yet.
+
+    Lines end at a line feed only: texts may hold other separators (U+2028), which JSON leaves as they are.
+    """
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
+
+
 def digest(content: object) -> str:
     """First 16 hexadecimal digits of the SHA-256 of `content` as canonical JSON."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from cluster.cli import root_cause
 from cluster.config import Lora, Train
 from cluster.errors import JobFailure, UserError
-from cluster.report import read_json, write_json
+from cluster.report import read_json, read_lines, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ class Recorder:
         """Adds `figures` to the row of `step`."""
         if rank() != 0:
             return
-        rows = self._read()
+        rows = read_lines(self.folder / HISTORY)
         here = [row for row in rows if row["stage"] == self.stage and row["step"] == step]
         others = [row for row in rows if row not in here]
         present = here[0] if here else {"stage": self.stage, "step": step}
@@ -73,17 +73,12 @@ class Recorder:
         """Forgets what was recorded of this stage after `step`."""
         if rank() == 0:
             for name in (HISTORY, SAMPLES):
-                rows = self._read(name)
+                rows = read_lines(self.folder / name)
                 self._write([row for row in rows if row["stage"] != self.stage or row["step"] <= step], name)
 
     def note_peak(self) -> None:
         """Keeps this worker's highest memory for the report."""
         write_json({"gib": round(peak_memory_gib(), 2)}, self.folder / f"peak-{self.stage}.json")
-
-    def _read(self, name: str = HISTORY) -> list[dict]:
-        path = self.folder / name
-        # not splitlines: a completion may hold other line separators (U+2028), which JSON leaves as they are
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
 
     def _write(self, rows: list[dict], name: str = HISTORY) -> None:
         path = self.folder / name

@@ -1,6 +1,5 @@
 """RULE from a configuration to a report: read top to bottom like the paper's method section."""
 
-import json
 import os
 import shutil
 import time
@@ -13,7 +12,7 @@ from typing import Any
 from cluster import models, session
 from cluster.errors import UserError
 from cluster.generation import chosen_engine
-from cluster.report import digest, machine, read_json, write_json
+from cluster.report import digest, machine, read_json, read_lines, write_json
 from cluster.tracking import Tracker, default_uri, masked
 from jobs.rule import report as reporting
 from jobs.rule.config import RuleConfig
@@ -291,7 +290,7 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
             stage: score(one, original, run.data.target, rule.evaluation, run.source.path, rule.seed)
             for stage, one in examined.items()
         }
-    history = _lines(folder / training.HISTORY)
+    history = read_lines(folder / training.HISTORY)
     content = {
         "system": "rule",
         "targets": [run.data.target],
@@ -369,7 +368,3 @@ def _unpacked(content: dict) -> Examined:
         for name, metric in content["benchmarks"].items()
     }
     return Examined(**content | {"answers": answers, "benchmarks": benchmarks})
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
+from cluster.report import read_lines
 from cluster.training import HISTORY, SAMPLES, Recorder
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def test_figures_of_one_step_share_a_row(tmp_path):
     recorder = Recorder("rebo", tmp_path, 3)
     recorder.record(1, {"reward": 0.5})
     recorder.record(1, {"seconds/rollout": 2.0})
-    assert lines(tmp_path / HISTORY) == [{"stage": "rebo", "step": 1, "reward": 0.5, "seconds": {"rollout": 2.0}}]
+    assert read_lines(tmp_path / HISTORY) == [{"stage": "rebo", "step": 1, "reward": 0.5, "seconds": {"rollout": 2.0}}]
 
 
 def test_a_resumed_stage_forgets_its_later_steps_and_no_other_stage(tmp_path):
@@ -24,8 +19,8 @@ def test_a_resumed_stage_forgets_its_later_steps_and_no_other_stage(tmp_path):
     for step in (1, 2, 3):
         recorder.record(step, {"reward": 0.5}, [{"step": step, "completion": "a"}])
     recorder.rewind(1)
-    assert [(row["stage"], row["step"]) for row in lines(tmp_path / HISTORY)] == [("steering", 3), ("rebo", 1)]
-    assert [row["step"] for row in lines(tmp_path / SAMPLES)] == [1]
+    assert [(row["stage"], row["step"]) for row in read_lines(tmp_path / HISTORY)] == [("steering", 3), ("rebo", 1)]
+    assert [row["step"] for row in read_lines(tmp_path / SAMPLES)] == [1]
 
 
 def test_a_completion_may_hold_any_line_separator(tmp_path):
@@ -33,4 +28,4 @@ def test_a_completion_may_hold_any_line_separator(tmp_path):
     text = "one\u2028two\u2029three\x85four\nfive"
     recorder.record(1, {"reward": 0.5}, [{"step": 1, "completion": text}])
     recorder.rewind(1)
-    assert lines(tmp_path / SAMPLES) == [{"stage": "rebo", "step": 1, "completion": text}]
+    assert read_lines(tmp_path / SAMPLES) == [{"stage": "rebo", "step": 1, "completion": text}]
