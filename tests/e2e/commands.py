@@ -31,6 +31,7 @@ TINY = {
     "rule.steering.stop_at_refusal": 0.4,
     "rule.steering.check_every": 2,
     "rule.rebo.learning_rate": 3e-4,
+    "rule.rebo.kl_coefficient": 0.1,
     "rule.rebo.steps": 14,
     "rule.rebo.prompts_per_step": 8,
     "rule.rebo.completions_per_prompt": 4,
