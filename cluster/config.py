@@ -49,7 +49,7 @@ class Train(Section):
     num_workers: int = Field(default=1, ge=1)
     cpus_per_worker: int = Field(default=2, ge=1)
     gpus_per_worker: int = Field(default=0, ge=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     strategy: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False
     tokens_per_row: int = Field(default=512, ge=16)
@@ -131,9 +131,21 @@ def load(
         values = _merge(values, _nest(key.strip(), text, f"--set {assignment}"), f"--set {assignment}", origins)
     mine = {key: value for key, value in values.items() if key in schema.model_fields or not _is_another_system(key)}
     try:
-        return schema.model_validate(mine)
+        config = schema.model_validate(mine)
     except ValidationError as error:
         raise UserError("; ".join(_sentences(error, schema, origins))) from None
+    if config.train.precision != "auto":
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": fast_precision(config)})})
+
+
+def fast_precision(config: Config, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["float32", "bfloat16"]:
+    """What `train.precision = auto` stands for: bfloat16 on GPUs and on processors with AMX.
+
+    Elsewhere on CPUs bfloat16 is emulated, ten times slower than float32.
+    """
+    amx = cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text(encoding="utf-8", errors="replace").split()
+    return "bfloat16" if config.train.gpus_per_worker or amx else "float32"
 
 
 def leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -175,10 +175,12 @@ class HalfPrecisionEngine(TransformersEngine):
 
         import torch
 
-        rounded = copy.deepcopy(policy)
         # weights only: `to` would also round the frequencies of the positions
-        for parameter in rounded.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+        halves = {id(p): torch.nn.Parameter(p.detach().to(torch.bfloat16)) for p in policy.parameters()}
+        rounded = copy.deepcopy(policy, halves)
+        # mixed precision (accelerate) hangs a forward on the instance that would convert every weight in each pass
+        for name in ("forward", "_original_forward"):
+            rounded.__dict__.pop(name, None)
         super().__init__(rounded, tokenizer, end_ids, max_batch_sequences)
         self.policy = policy
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.config import DEFAULT_FILE, leaves, load
+from cluster.config import DEFAULT_FILE, fast_precision, leaves, load
 from cluster.errors import UserError
 from jobs.rule.config import RuleConfig
 
@@ -102,6 +102,21 @@ def test_a_wrong_file_is_named(tmp_path):
     broken.write_text("rule: {rebo: {stepz: 1}}\n")
     with pytest.raises(UserError, match=r"broken\.yaml: unknown key rule\.rebo\.stepz.*rule\.rebo\.steps"):
         load(RuleConfig, files=[broken], environ={})
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "precision"),
+    [("avx512f amx_bf16 amx_tile", 0, "bfloat16"), ("avx2 avx512_bf16", 0, "float32"), ("avx2", 1, "bfloat16")],
+)
+def test_auto_takes_the_precision_that_the_machine_is_fast_in(tmp_path, flags, gpus, precision):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
+    config = load(RuleConfig, sets=[f"train.gpus_per_worker={gpus}"], environ={})
+    assert fast_precision(config, tmp_path / "cpuinfo") == precision
+    assert fast_precision(load(RuleConfig, environ={}), tmp_path / "none") == "float32"
+
+
+def test_auto_is_settled_when_it_is_read():
+    assert load(RuleConfig, sets=["train.precision=auto"], environ={}).train.precision in ("float32", "bfloat16")
 
 
 def test_an_unknown_profile_names_the_known_ones():

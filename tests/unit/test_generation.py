@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,6 +110,22 @@ def test_sampling_leaves_the_global_random_state_alone(make_engine, prompts):
     before = torch.get_rng_state()
     make_engine().generate(prompts, Sampling(max_new_tokens=4, temperature=1.0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_half_precision_engine_runs_its_own_weights_when_accelerate_prepared_the_policy(
+    tiny_model, tiny_tokenizer, prompts
+):
+    try:
+        policy = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(copy.deepcopy(tiny_model))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    engine = policy_engine(policy, tiny_tokenizer, Generation(), Train(precision="bfloat16"))
+    plain = policy_engine(tiny_model, tiny_tokenizer, Generation(), Train(precision="bfloat16"))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()
+    assert engine.generate(prompts, GREEDY) == plain.generate(prompts, GREEDY)
+    assert engine.model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
 
 
 def test_a_half_precision_engine_follows_its_policy(tiny_model, tiny_tokenizer, prompts, tmp_path):
