@@ -11,11 +11,13 @@ from cluster.errors import JobFailure, UserError
 
 # Ray redirects print() in training workers, which breaks dill's use of dis inside `datasets` (thousands of log lines).
 # Threads that spin while they wait cost a factor of ten as soon as anything else runs on the cores.
+# oneDNN keeps a kernel for each of the last 1024 shapes, and rows and batches are of ever new ones: GiB in bfloat16.
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
     "GOMP_SPINCOUNT": "10000",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYWARD_CACHE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
