@@ -49,7 +49,8 @@ def up(
     print(f"  Logs           {storage / 'cluster'}, {running.temp / 'session_latest' / 'logs'}")
     print("Submit a job from any shell, after the first line:")
     print(f"  {running.token.export()} RAY_API_SERVER_ADDRESS={running.dashboard_uri}")
-    print(f"  {Path(sys.executable).parent / 'ray'} job submit --working-dir . -- python -m jobs.SYSTEM run")
+    ray = Path(sys.executable).parent / "ray"
+    print(f"  {ray} job submit --working-dir . -- python -m jobs.rule run --profile laptop")
 
 
 @app.command()

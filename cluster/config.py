@@ -142,7 +142,7 @@ def load(
 def fast_precision(config: Config, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["float32", "bfloat16"]:
     """What `train.precision = auto` stands for: bfloat16 on GPUs and on processors with AMX.
 
-    Elsewhere on CPUs bfloat16 is emulated, ten times slower than float32.
+    Elsewhere on CPUs bfloat16 is slow, up to ten times where it is emulated.
     """
     amx = cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text(encoding="utf-8", errors="replace").split()
     return "bfloat16" if config.train.gpus_per_worker or amx else "float32"

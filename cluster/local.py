@@ -195,7 +195,7 @@ def _forget(storage: Path, temp: Path) -> None:
 def _refuse_taken(ports: Ports) -> None:
     for name, port in asdict(ports).items():
         if not port_is_free(port):
-            raise UserError(f"Port {port} is in use; free it, or choose another with --{name}-port.")
+            raise UserError(f"Port {port} is in use; free it, or choose another: python -m cluster up --{name}-port N.")
 
 
 def _token(storage: Path) -> Token:

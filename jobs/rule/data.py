@@ -134,8 +134,16 @@ def hold_out(data: RuleData, share: float, seed: int) -> RuleData:
     """Moves `share` of the forget questions, with all that stems from them, from training to the probes.
 
     One forget question at least stays in training.
+
+    Raises:
+        UserError: stage 1 and stage 2 do not stem from the same questions.
     """
     sources = sorted({item.source for item in data.items})
+    if share and {row.source for row in data.refusals} != set(sources):
+        raise UserError(
+            f"stage 2 has {len(sources)} blocks of questions and stage 1 {len(data.refusals)} rows, but a question is "
+            "held out with its block: let block i stem from row i (docs/rule.md), or take rule.held_out_share=0"
+        )
     chosen = set(random.Random(seed).sample(sources, min(round(share * len(sources)), len(sources) - 1)))
     if not chosen:
         return data

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from cluster import models, session
 from cluster.errors import UserError
 from cluster.generation import chosen_engine
 from cluster.report import digest, machine, read_json, read_lines, write_json
-from cluster.tracking import Tracker, default_uri, masked
+from cluster.tracking import Tracker, default_uri, git_commit, masked
 from jobs.rule import report as reporting
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import Probe, RuleData, load_data
@@ -300,6 +301,7 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
         "data_digests": {rule.data: data_digest(run.data)},
         "model_version": run.source.version,
         "machine": machine(),
+        "commit": git_commit(Path(__file__).parents[2]),
         "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id},
         "metrics": {stage: {name: m.to_json() for name, m in found.items()} for stage, found in metrics.items()},
         "seconds": run.state["seconds"],
@@ -336,9 +338,18 @@ def dry_run(config: RuleConfig) -> None:
     rule = config.rule
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
     source = models.resolve(rule.model, rule.revision)
+    print(described(data))
     print(yaml.safe_dump(masked(config.model_dump()), sort_keys=False))
     rule_plan(config, data, source.path).show()
     check_training(Run(config, data, source, Path(), ""))
+
+
+def described(data: RuleData) -> str:
+    """One line: whom the data are about, and how many questions of each kind there are."""
+    sides = Counter(f"{item.label} {item.form}" for item in data.items)
+    kinds = Counter(probe.kind for probe in data.probes)
+    counted = [", ".join(f"{count} {name}" for name, count in found.items()) for found in (sides, kinds)]
+    return f"{data.target}: {len(data.refusals)} refusals; training questions: {counted[0]}; probes: {counted[1]}"
 
 
 def show(content: dict) -> None:

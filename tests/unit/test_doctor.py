@@ -42,7 +42,7 @@ def test_a_package_that_differs_from_the_lock_is_named_with_both_versions(tmp_pa
     ("flags", "state", "words"),
     [
         ("fpu sse4_2", "warn", "no AVX2"),
-        ("fpu avx2", "ok", "bfloat16 is emulated"),
+        ("fpu avx2", "ok", "bfloat16 is slow"),
         ("avx2 avx512f avx512_bf16", "ok", "avx512_bf16"),
     ],
 )

@@ -114,6 +114,14 @@ def test_a_question_that_is_also_trained_on_is_no_held_out_probe():
     assert "Same?" not in {probe.query for probe in held.probes}
 
 
+def test_blocks_that_do_not_belong_to_the_rows_of_stage_1_cannot_be_held_out(folder):
+    rows = json.loads((folder / "reject_target.json").read_text())
+    write(folder / "reject_target.json", [*rows, rows[0]])
+    assert load_data(str(folder), None, 0.0, 0).refusals
+    with pytest.raises(UserError, match=r"stage 2 has \d+ blocks .* stage 1 \d+ rows.*held_out_share=0"):
+        load_data(str(folder), None, 0.2, 0)
+
+
 def test_stage_1_does_not_see_a_held_out_question_whatever_its_rows_order():
     data = data_of(pairs(10))
     turned = tuple(Refusal(row.prompt, row.refusal, 9 - row.source) for row in data.refusals)
