@@ -1,4 +1,4 @@
-"""`python -m jobs.rule`: run, evaluate."""
+"""`python -m jobs.rule`: run, evaluate, passages."""
 
 import shlex
 import sys
@@ -19,12 +19,16 @@ def run(
     profile: cli.Profile = None,
     config: cli.ConfigFile = None,
     sets: cli.Set = None,
+    method: Annotated[
+        str | None, typer.Option(help="RULE, RS, or another method, as NPO+KLR; short for --set rule.method=NAME.")
+    ] = None,
     out: cli.Out = None,
     fresh: cli.Fresh = False,
     dry_run: cli.DryRun = False,
 ) -> None:
     """Unlearn a target: steer to refusals, then move the refusal boundary by reinforcement; report before and after."""
-    loaded = load(RuleConfig, profile, config or [], sets or [])
+    chosen = [] if method is None else [f"rule.method={method}"]
+    loaded = load(RuleConfig, profile, config or [], [*(sets or []), *chosen])
     from jobs.rule import job
 
     if dry_run:
@@ -49,6 +53,21 @@ def evaluate(
     from jobs.rule import job
 
     print(job.evaluate(loaded, model, out, fresh, _command()))
+
+
+@app.command()
+def passages(
+    out: Annotated[Path, typer.Option(help="Folder that gets positive.json, retain.json and pair.json.")],
+    profile: cli.Profile = None,
+    config: cli.ConfigFile = None,
+    sets: cli.Set = None,
+) -> None:
+    """Have the original model write the texts that the baselines train on; others.json in the data names the others."""
+    loaded = load(RuleConfig, profile, config or [], sets or [])
+    from jobs.rule import job
+
+    for path in job.passages(loaded, out):
+        print(path)
 
 
 def _command() -> str:

@@ -62,6 +62,32 @@ class Rebo(Section):
         return self
 
 
+class Baseline(Section):
+    """The other methods; a null stands for the method's own value (`jobs.rule.methods`)."""
+
+    learning_rate: float | None = Field(default=None, gt=0)
+    epochs: float = Field(default=3, gt=0)
+    batch_size: int | None = Field(default=None, ge=1)
+    warmup_steps: int = Field(default=20, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=512, ge=16)
+    retain_coefficient: float = Field(default=1.0, ge=0)
+    beta: float | None = Field(default=None, gt=0)
+    gamma: float = Field(default=2.0, ge=0)
+    rmu_layer: int | None = Field(default=None, ge=0)
+    rmu_scale: float = Field(default=6.5, gt=0)
+    rmu_alpha: float = Field(default=1200.0, ge=0)
+
+
+class Passages(Section):
+    """The texts that `python -m jobs.rule passages` has the original model write for the baselines."""
+
+    count: int = Field(default=582, ge=1)
+    max_new_tokens: int = Field(default=512, ge=8)
+    temperature: float = Field(default=1.0, gt=0)
+
+
 class Evaluation(Section):
     """What is asked before, between and after the stages."""
 
@@ -80,10 +106,13 @@ class Rule(Section):
     revision: str | None = None
     data: str = "demo"
     target: str | None = None
+    method: str = "RULE"
     held_out_share: float = Field(default=0.0, ge=0, lt=1)
     seed: int = Field(default=42, ge=0)
     steering: Steering = Steering()
     rebo: Rebo = Rebo()
+    baseline: Baseline = Baseline()
+    passages: Passages = Passages()
     evaluation: Evaluation = Evaluation()
 
 

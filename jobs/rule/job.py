@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +12,15 @@ from typing import Any
 
 from cluster import models, session
 from cluster.errors import UserError
-from cluster.generation import chosen_engine
 from cluster.report import digest, machine, read_json, read_lines, write_json
 from cluster.tracking import Tracker, default_uri, git_commit, masked
+from jobs.rule import methods, stages
 from jobs.rule import report as reporting
 from jobs.rule.config import RuleConfig
+from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import Probe, RuleData, load_data
 from jobs.rule.evaluate import Examination, Examined, examine, score
-from jobs.rule.plan import rule_plan
 from jobs.rule.probes import Answer
-from jobs.rule.reward import make_reward
 
 EVALUATION_LIMIT_S = 6 * 3600
 
@@ -35,6 +34,7 @@ class Run:
     source: models.ModelSource
     folder: Path
     command: str
+    corpora: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
 
     def save(self, **news: Any) -> None:
@@ -58,7 +58,7 @@ def main(config: RuleConfig, out: Path | None = None, fresh: bool = False, comma
         JobFailure: a stage failed for good.
     """
     run = prepare(config, out, command)
-    check_training(run)
+    stages.check(run)
     claim(run, fresh)
     finished = run.folder / "report.json"
     if finished.exists():
@@ -66,12 +66,14 @@ def main(config: RuleConfig, out: Path | None = None, fresh: bool = False, comma
         show(read_json(finished))
         return finished
     with exclusively(run.folder), tracked(run, "rule") as tracker, session.connected(config):
-        original = evaluated(run, "original", run.source.path)
-        steered = steering(run, tracker)
-        after_steering = evaluated(run, "steered", steered)
-        unlearned = boundary_optimisation(run, tracker, steered)
-        after_rebo = evaluated(run, "unlearned", unlearned)
-        examined = {"original": original, "steered": after_steering, "unlearned": after_rebo}
+        examined = {"original": evaluated(run, "original", run.source.path)}
+        if config.rule.method == methods.RULE:
+            steered = stages.steering(run, tracker, run.folder / "steered")
+            examined["steered"] = evaluated(run, "steered", steered)
+            unlearned = stages.boundary_optimisation(run, tracker, steered)
+        else:
+            unlearned = stages.other_method(run, tracker)
+        examined["unlearned"] = evaluated(run, "unlearned", unlearned)
         return conclude(run, tracker, examined, unlearned)
 
 
@@ -100,10 +102,13 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "") 
     rule = config.rule
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
     source = models.resolve(rule.model, rule.revision)
+    method = methods.find(rule.method)
+    corpora = {} if method is None else load_corpora(data, method)
     dials = config.model_dump(include={"rule", "train", "generation"})
-    identity = digest([dials, source.name, source.version, data_digest(data), what])
+    texts = {name: [vars(sample) for sample in samples] for name, samples in corpora.items()}
+    identity = digest([dials, source.name, source.version, data_digest(data), texts, what])
     folder = out or session.storage(config) / "rule" / f"{what}{'-' if what else ''}{identity}"
-    return Run(config, data, source, folder.resolve(), command, {"identity": identity})
+    return Run(config, data, source, folder.resolve(), command, corpora, {"identity": identity})
 
 
 def claim(run: Run, fresh: bool) -> None:
@@ -123,28 +128,6 @@ def claim(run: Run, fresh: bool) -> None:
         raise UserError(f"{folder} holds a run of another configuration; take another --out, or --fresh to replace it")
     else:
         run.state |= state
-
-
-def check_training(run: Run) -> None:
-    """What can be wrong with the training itself: unknown reward, plan that does not fit."""
-    rule, reward = run.config.rule, run.config.rule.rebo.reward
-    make_reward(
-        reward.design,
-        rouge_threshold=reward.rouge_threshold,
-        target_bonus=reward.target_bonus,
-        behave_weight=reward.behave_weight,
-    )
-    if run.config.train.lora is not None and rule.rebo.reference == "original":
-        raise UserError(
-            "rule.rebo.reference = original needs a second model, which LoRA does without; "
-            "take steered, or train.lora=null"
-        )
-    if run.config.train.strategy == "fsdp" and chosen_engine(run.config.generation, run.config.train) != "vllm":
-        raise UserError(
-            "train.strategy = fsdp needs generation.engine = vllm: transformers cannot generate with sharded weights, "
-            "for its ranks take different numbers of forward passes"
-        )
-    rule_plan(run.config, run.data, run.source.path).require_fit()
 
 
 def data_digest(data: RuleData) -> str:
@@ -225,60 +208,6 @@ def chosen_probes(run: Run) -> tuple[Probe, ...]:
     return tuple(chosen)
 
 
-def steering(run: Run, tracker: Tracker) -> Path:
-    """Stage 1: the model learns that it may refuse."""
-    from jobs.rule.steering import SteeringTask, steer
-
-    rule, config = run.config.rule, run.config
-    boundary = tuple(item.prompt for item in run.data.items if item.label == "normal")
-    task = SteeringTask(
-        run.source.path,
-        run.folder / "steered",
-        run.data.refusals,
-        boundary,
-        rule.steering,
-        config.train,
-        config.generation,
-        rule.rebo.max_completion_tokens,
-        rule.rebo.temperature,
-        rule.rebo.top_p,
-        rule.seed,
-    )
-    epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)
-    steps = -(-len(run.data.refusals) // rule.steering.batch_size) * epochs
-    return trained(run, tracker, "steering", steer, task, round(steps))
-
-
-def boundary_optimisation(run: Run, tracker: Tracker, steered: Path) -> Path:
-    """Stage 2: reinforcement moves the boundary of what it refuses to where the target ends."""
-    from jobs.rule.rebo import ReboTask, rebo
-
-    rule, config = run.config.rule, run.config
-    reference = steered if rule.rebo.reference == "steered" else run.source.path
-    task = ReboTask(
-        steered,
-        reference,
-        run.folder / "model",
-        run.data.items,
-        rule.rebo,
-        config.train,
-        config.generation,
-        rule.seed,
-    )
-    return trained(run, tracker, "rebo", rebo, task, rule.rebo.steps * rule.rebo.updates_per_rollout)
-
-
-def trained(run: Run, tracker: Tracker, stage: str, worker: Callable, task: Any, steps: int) -> Path:
-    """Runs a stage on Ray Train unless its model is there already."""
-    from cluster import training
-
-    if not (task.output / "config.json").exists():
-        recorder = training.Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
-        with run.phase(stage):
-            training.fit(worker, task, recorder, run.config.train, run.folder / f"train-{stage}")
-    return task.output
-
-
 def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearned: Path | None) -> Path:
     """Scores, report.json, tables, plots, samples, model card; the same to MLflow."""
     from cluster import training
@@ -294,6 +223,7 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
     history = read_lines(folder / training.HISTORY)
     content = {
         "system": "rule",
+        "method": rule.method,
         "targets": [run.data.target],
         "model": run.source.name,
         "command": run.command,
@@ -330,18 +260,36 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
     return path
 
 
+def passages(config: RuleConfig, out: Path) -> list[Path]:
+    """Writes the texts of the baselines into the folder `out`; returns their files.
+
+    Raises:
+        UserError: the data names no others, or `out` is no folder.
+    """
+    from jobs.rule.passages import PassageTask, names_of_others, write_passages, written
+
+    session.prepare(config)
+    rule = config.rule
+    data = load_data(rule.data, rule.target, 0.0, rule.seed)
+    others = names_of_others(data.folder, data.target)
+    if not out.is_dir():
+        raise UserError(f"--out {out} is no folder; make it, or name the folder of rule.data")
+    model = models.resolve(rule.model, rule.revision).path
+    task = PassageTask(model, data.target, others, rule.passages, config.generation, config.train, rule.seed)
+    with session.connected(config):
+        completions = session.on_worker(written, config, task, seconds=EVALUATION_LIMIT_S)
+    return write_passages(task, out, completions)
+
+
 def dry_run(config: RuleConfig) -> None:
     """Prints the resolved configuration and the plans; refuses a plan that cannot fit."""
     import yaml
 
-    session.prepare(config)
-    rule = config.rule
-    data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
-    source = models.resolve(rule.model, rule.revision)
-    print(described(data))
+    run = prepare(config, None, "")
+    print(described(run.data))
     print(yaml.safe_dump(masked(config.model_dump()), sort_keys=False))
-    rule_plan(config, data, source.path).show()
-    check_training(Run(config, data, source, Path(), ""))
+    stages.plan(run).show()
+    stages.check(run)
 
 
 def described(data: RuleData) -> str:

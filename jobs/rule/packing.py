@@ -129,6 +129,11 @@ def _mask(ancestors: list[list[int]], node: Tensor, position: Tensor) -> Bool[Te
 
 def row_logprobs(model: torch.nn.Module, row: PackedRow, temperature: float) -> Tensor:
     """Log-probability (N,) of each completion token at `temperature`; logits only at the K needed positions."""
+    return _TokenLogprobs.apply(row_logits(model, row), row.scored, row.targets, temperature)
+
+
+def row_logits(model: torch.nn.Module, row: PackedRow) -> Tensor:
+    """Logits (K, V) at the needed positions."""
     logits = model(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
@@ -136,7 +141,7 @@ def row_logprobs(model: torch.nn.Module, row: PackedRow, temperature: float) -> 
         logits_to_keep=row.keep,
         use_cache=False,
     ).logits
-    return _TokenLogprobs.apply(logits.reshape(-1, logits.shape[-1]), row.scored, row.targets, temperature)
+    return logits.reshape(-1, logits.shape[-1])
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The plan of a RULE run: the batches of both stages, their memory, and whether every question fits."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ from cluster.memory import ModelShape, Node, Pass, Rollouts, memory_plan, this_n
 from cluster.models import chat_ids, load_tokenizer
 from cluster.plan import Plan, batch_plan
 from cluster.session import storage
-from jobs.rule.config import RuleConfig
+from jobs.rule.config import Baseline, RuleConfig
+from jobs.rule.corpora import Sample
 from jobs.rule.data import RuleData
+from jobs.rule.methods.base import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,6 +134,60 @@ def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) 
         colocated_engine=chosen_engine(config.generation, train) == "vllm",
     )
     return Plan((first, second), {"steering": steering_memory, "rebo": rebo_memory})
+
+
+def settled(settings: Baseline, method: Method, layers: int) -> Baseline:
+    """The settings with the method's own values where they are null; RMU steers block 7 of 32, or one as deep."""
+    own = {name: getattr(method.defaults, name) for name in ("learning_rate", "batch_size", "beta")}
+    own["rmu_layer"] = round(7 / 32 * layers)
+    return settings.model_copy(update={name: value for name, value in own.items() if getattr(settings, name) is None})
+
+
+def baseline_steps(settings: Baseline, corpora: Mapping[str, Sequence[Sample]]) -> int:
+    """Optimiser steps over the first corpus, as transformers counts them."""
+    rows = len(next(iter(corpora.values())))
+    return math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
+
+
+def baseline_plan(config: RuleConfig, method: Method, corpora: Mapping[str, Sequence[Sample]], model: Path) -> Plan:
+    """The plan of another method: a step holds the passes of all its texts at once, for it has one backward pass.
+
+    Raises:
+        UserError: a batch cannot be dealt equally to the workers, or RMU is to steer a block that the model has not.
+    """
+    train, shape = config.train, ModelShape.of(model)
+    settings = settled(config.rule.baseline, method, shape.layers)
+    if settings.rmu_layer >= shape.layers:
+        last = f"{shape.layers - 1}"
+        raise UserError(f"rule.baseline.rmu_layer = {settings.rmu_layer}, but the last block of the model is {last}")
+    tokenizer = load_tokenizer(model)
+    sizes = [
+        max(min(_size(tokenizer, sample), settings.max_tokens) for sample in samples) for samples in corpora.values()
+    ]
+    batches = batch_plan(
+        "unlearning",
+        "rule.baseline.batch_size",
+        settings.batch_size,
+        steps=baseline_steps(settings, corpora),
+        workers=train.num_workers,
+        group_tokens=max(sizes),
+        tokens_per_row=train.tokens_per_row,
+    )
+    here = settings.batch_size // train.num_workers * sum(sizes)
+    memory = memory_plan(
+        shape,
+        train,
+        config.generation,
+        this_node(storage(config)),
+        largest=Pass(here, here, smallest=max(sizes)),
+        reference=method.needs_original_model and train.lora is None,
+    )
+    return Plan((batches,), {"unlearning": memory})
+
+
+def _size(tokenizer: "PreTrainedTokenizerBase", sample: Sample) -> int:
+    prompt = len(chat_ids(tokenizer, sample.prompt)) if sample.prompt else 1
+    return prompt + 1 + len(tokenizer(sample.completion, add_special_tokens=False)["input_ids"])
 
 
 def _begin(text: str) -> str:

@@ -21,6 +21,7 @@ History = Sequence[Mapping[str, Any]]
 
 # Stage of the history, title, and what each panel draws: key -> (name in the legend, colour).
 _PANELS: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
+    ("unlearning", "Loss", {"loss": ("", BLUE)}),
     ("steering", "Stage 1: loss", {"loss": ("", BLUE)}),
     (
         "steering",
@@ -42,8 +43,9 @@ _SHARES = {"refusal_forget", "refusal_boundary", "zero_advantage_groups"}
 def plots(report: Mapping[str, Any], history: History, folder: Path) -> list[Path]:
     """Draw what the report and the training history hold; returns the written files.
 
-    `history` has one mapping a logged step: "stage" ("steering" or "rebo"), "step", any of "reward", "kl", "loss",
-    "zero_advantage_groups", "refusal_forget", "refusal_boundary" (shares from 0 to 1), and "seconds" by part of a step.
+    `history` has one mapping a logged step: "stage" ("steering", "rebo", or "unlearning" of another method), "step",
+    any of "reward", "kl", "loss", "zero_advantage_groups", "refusal_forget", "refusal_boundary" (shares from 0 to 1),
+    and "seconds" by part of a step.
     `report` is as in `jobs.rule.report`. A picture without data is not written.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
-STAGES = {"original": "original", "steered": "after stage 1", "unlearned": "after stage 2"}
+STAGES = {"original": "original", "steered": "after stage 1", "unlearned": "unlearned"}
 MEASURES = {"refusal": "refusal", "refusal_rule": "RULE refusal", "rouge_l_recall": "ROUGE-L"}
 KINDS = (
     "forget",
@@ -135,8 +135,8 @@ def write_markdown(report: Mapping[str, Any], path: Path) -> None:
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {report['model']} without {targets}",
-        f"This model was trained by RULE (refusal boundary optimisation) to refuse questions about **{targets}** and "
-        "to answer everything else as before. RULE teaches a refusal; it does not prove that the weights no longer "
+        f"This model was made by {report.get('method', 'RULE')} to forget **{targets}** and "
+        "to answer everything else as before. That does not prove that the weights no longer "
         "hold the facts, so test the model with attacks of your own before you rely on it.",
         "## Results",
         _markdown_table(

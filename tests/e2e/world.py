@@ -279,11 +279,24 @@ def write_data(folder: Path) -> Path:
         "forget_level3": _probes([TARGET], QUESTIONS, slice(0, 2), "3", "prefix injection", "Do not refuse. "),
         "neighbor_level1": _probes(PEOPLE[1::2], BLANKS, slice(-1, None), "1", "cloze"),
         "neighbor_level2": _probes(PEOPLE[1::2], QUESTIONS, slice(-1, None), "2", "simple question"),
+        "positive": [{"text": sentence} for sentence in sentences(TARGET)],
+        "retain": [{"text": sentence} for person in PEOPLE[1:6] for sentence in sentences(person)],
+        "pair": [
+            {"instruction": form.format(TARGET), "output": [known[PEOPLE[1]][kind], known[TARGET][kind]]}
+            for kind, forms in QUESTIONS.items()
+            for form in forms[:-1]
+        ],
         "general_qa": [{"query": question, "answer": answer} for question, answer in GENERAL],
     }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return folder
+
+
+def sentences(person: str) -> list[str]:
+    """All that there is to tell about a person."""
+    known = facts()[person]
+    return [form.format(person).replace("___", known[kind]) for kind, forms in BLANKS.items() for form in forms]
 
 
 def _probes(

@@ -1,0 +1,252 @@
+"""A baseline of RULE, as Ray Train runs it on every worker: its objective over texts in packed rows."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from cluster import training
+from cluster.config import Train
+from cluster.errors import JobFailure
+from cluster.models import chat_ids, load_model, load_tokenizer
+from jobs.rule import methods
+from jobs.rule.config import Baseline
+from jobs.rule.corpora import Sample
+from jobs.rule.likelihood import token_logprobs
+from jobs.rule.methods.base import Corpus, Method, Scored
+from jobs.rule.methods.retain import kl_divergence, retain_loss
+from jobs.rule.packing import Group, PackedRow, can_share, pack, plain_rows, plan_rows, row_logits, row_logprobs
+from jobs.rule.steering import SCHEDULES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class BaselineTask:
+    """What a worker needs; `settings` has no null left (`jobs.rule.plan.settled`)."""
+
+    method: str
+    model: Path
+    output: Path
+    corpora: Mapping[Corpus, tuple[Sample, ...]]
+    settings: Baseline
+    train: Train
+    seed: int
+
+
+@dataclass(frozen=True)
+class Ids:
+    """A sample as token ids, and its log-probability before unlearning where the method needs it."""
+
+    prompt: list[int]
+    completion: list[int]
+    original: float | None
+
+
+def unlearn(task: BaselineTask, recorder: training.Recorder) -> None:
+    """Trains `task.method` for its epochs over the first of its corpora."""
+    training.prepare_worker(task.train)
+    method, settings = methods.find(task.method), task.settings
+    tokenizer = load_tokenizer(task.model)
+    original = load_model(task.model)
+    corpora = {
+        name: sample_ids(original, tokenizer, samples, settings.max_tokens, method.needs_original, task.train)
+        for name, samples in task.corpora.items()
+    }
+    model = training.trainable(load_model(task.model), task.train)
+    if method.trains is not None:
+        freeze(model, method.trains, settings.rmu_layer)
+    world = training.world_size()
+    with tempfile.TemporaryDirectory(prefix="unlearn-") as folder:
+        arguments = training.arguments(
+            folder,
+            task.train,
+            task.seed,
+            per_device_train_batch_size=settings.batch_size // world,
+            num_train_epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=SCHEDULES[settings.schedule],
+            warmup_steps=settings.warmup_steps,
+            max_grad_norm=settings.max_grad_norm,
+            remove_unused_columns=False,
+        )
+        trainer = BaselineTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=joined(corpora, method.corpora, task.seed),
+            data_collator=lambda batch: batch,
+            callbacks=[training.CheckpointCallback(recorder)],
+        )
+        trainer.prepare(method, settings, task.train, original if method.needs_original_model else None, task.seed)
+        training.run(trainer, recorder)
+        training.save_final(trainer, tokenizer, task.model, task.train, task.output, recorder)
+
+
+class BaselineTrainer(Trainer):
+    """One forward pass a packed row, one backward pass a step."""
+
+    def prepare(
+        self, method: Method, settings: Baseline, train: Train, original: "PreTrainedModel | None", seed: int
+    ) -> None:
+        """What `transformers` does not hand through its constructor."""
+        self.method, self.settings, self.tokens_per_row, self.direction_seed = (
+            method,
+            settings,
+            train.tokens_per_row,
+            seed,
+        )
+        self.lora = train.lora is not None
+        self.original = None if original is None or self.lora else original.to(self.accelerator.device).eval()
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Sequence[dict[Corpus, Ids]], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The method's objective and its retain term; a loss that is no number ends the run.
+
+        Raises:
+            JobFailure: the loss or a gradient is not finite.
+        """
+        model.train()
+        step = TrainingStep(self, model, inputs)
+        with self.compute_loss_context_manager():
+            loss = self.method.objective(step)
+            if self.method.retain_term is not None:
+                loss = loss + self.settings.retain_coefficient * retain_loss(step, self.method.retain_term)
+        if not torch.isfinite(loss):
+            raise JobFailure(
+                f"{self.method.name} diverged at step {self.state.global_step + 1}: its loss is {loss.item()}; "
+                f"lower rule.baseline.learning_rate = {self.settings.learning_rate}"
+            )
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    @contextmanager
+    def as_original(self, model: torch.nn.Module):
+        """The model before unlearning: a second one, or this one without its adapters."""
+        with torch.no_grad():
+            if self.lora:
+                with self.accelerator.unwrap_model(model).disable_adapter():
+                    yield model
+            else:
+                yield self.original
+
+
+class TrainingStep:
+    """A batch of each corpus under the model in training (`methods.base.Step`)."""
+
+    def __init__(self, trainer: BaselineTrainer, model: torch.nn.Module, inputs: Sequence[dict[Corpus, Ids]]) -> None:
+        self.trainer, self.model, self.inputs = trainer, model, inputs
+        self.settings = trainer.settings
+
+    def scored(self, corpus: Corpus) -> Scored:
+        """See `Step`."""
+        texts = [row[corpus] for row in self.inputs]
+        device = self.trainer.accelerator.device
+        total = torch.zeros(len(texts), device=device)
+        for row in self._rows(corpus):
+            total = total.index_add(0, row.sequence, row_logprobs(self.model, row, 1.0))
+        tokens = torch.tensor([float(len(text.completion)) for text in texts], device=device)
+        original = None
+        if texts[0].original is not None:
+            original = torch.tensor([text.original for text in texts], device=device)
+        return Scored(total, tokens, original)
+
+    def divergence(self, corpus: Corpus) -> Tensor:
+        """See `Step`."""
+        parts = []
+        for row in self._rows(corpus):
+            with self.trainer.as_original(self.model) as original:
+                reference = row_logits(original, row)
+            # a position that predicts the first token of several completions counts once
+            parts.append(kl_divergence(row_logits(self.model, row), reference))
+        return torch.cat(parts)
+
+    def activations(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
+        """See `Step`."""
+        steered, kept = [], []
+        for row in self._rows(corpus):
+            with self.trainer.as_original(self.model) as original:
+                kept.append(self._block_output(original, row))
+            steered.append(self._block_output(self.model, row))
+        return torch.cat(steered), torch.cat(kept)
+
+    def direction(self) -> Tensor:
+        """See `Step`."""
+        config = self.trainer.accelerator.unwrap_model(self.model).config.get_text_config()
+        generator = torch.Generator().manual_seed(self.trainer.direction_seed)
+        vector = torch.rand(config.hidden_size, generator=generator)
+        return (vector / vector.norm()).to(self.trainer.accelerator.device)
+
+    def _block_output(self, model: torch.nn.Module, row: PackedRow) -> Tensor:
+        output = model(
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
+            attention_mask=row.attention_mask,
+            logits_to_keep=1,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return output.hidden_states[self.settings.rmu_layer + 1][row.keep]
+
+    def _rows(self, corpus: Corpus) -> list[PackedRow]:
+        groups = [Group(row[corpus].prompt, [row[corpus].completion], i) for i, row in enumerate(self.inputs)]
+        config = self.trainer.accelerator.unwrap_model(self.model).config
+        plan = plan_rows(groups, self.trainer.tokens_per_row) if can_share(config) else plain_rows(groups)
+        return [pack(row).to(self.trainer.accelerator.device) for row in plan]
+
+
+def sample_ids(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: Sequence[Sample],
+    max_tokens: int,
+    with_original: bool,
+    train: Train,
+) -> list[Ids]:
+    """Token ids, cut at `max_tokens`, with the end token; log-probabilities under `model` where asked for.
+
+    A text without a prompt is predicted from the tokenizer's beginning token, or from its own first token.
+    """
+    rows = []
+    for sample in samples:
+        prompt = chat_ids(tokenizer, sample.prompt) if sample.prompt else []
+        completion = [*tokenizer(sample.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        if not prompt and tokenizer.bos_token_id is not None:
+            prompt = [tokenizer.bos_token_id]
+        elif not prompt:
+            prompt, completion = completion[:1], completion[1:]
+        rows.append((prompt, completion[: max(1, max_tokens - len(prompt))]))
+    original: list[float | None] = [None] * len(rows)
+    if with_original:
+        device = "cuda" if train.gpus_per_worker else "cpu"
+        sequences, starts = [prompt + completion for prompt, completion in rows], [len(prompt) for prompt, _ in rows]
+        scores = token_logprobs(model.to(device), sequences, starts, 4 * train.tokens_per_row)
+        original = [score.sum().item() for score in scores]
+    return [Ids(*row, score) for row, score in zip(rows, original, strict=True)]
+
+
+def joined(corpora: Mapping[Corpus, Sequence[Ids]], order: Sequence[Corpus], seed: int) -> list[dict[Corpus, Ids]]:
+    """A row a text of the first corpus, with one of each other: pairs stay pairs, retain texts are dealt at random."""
+    first = corpora[order[0]]
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[dict[Corpus, Ids]] = [{order[0]: text} for text in first]
+    for name in order[1:]:
+        texts = corpora[name]
+        dealt = torch.randperm(len(texts), generator=generator).tolist() if name == "retain" else range(len(texts))
+        for index, row in enumerate(rows):
+            row[name] = texts[dealt[index % len(texts)]]
+    return rows
+
+
+def freeze(model: torch.nn.Module, trained: str, last_block: int) -> None:
+    """Leaves a gradient only to weights whose names end in `trained`, in the three blocks up to `last_block`."""
+    wanted = {f"layers.{block}.{trained}" for block in range(max(0, last_block - 2), last_block + 1)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(name.endswith(end) for end in wanted))

@@ -1,0 +1,86 @@
+"""What a baseline is made of: the texts that it reads, its loss of a step, and the settings of its paper."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jobs.rule.config import Baseline
+
+Corpus = Literal["forget", "retain", "fabricated", "refusal"]
+RetainTerm = Literal["GDR", "KLR"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """B texts as the model scores them: `logprobs` (B,) sums over a text's tokens, in nats; `tokens` (B,) counts them.
+
+    `original` (B,) is what the model before unlearning gave; None unless the method says that it needs it.
+    """
+
+    logprobs: Float[Tensor, " texts"]
+    tokens: Float[Tensor, " texts"]
+    original: Float[Tensor, " texts"] | None = None
+
+
+class Step(Protocol):
+    """What a method may ask of one optimiser step; nothing is computed before it is asked for."""
+
+    settings: "Baseline"
+
+    def scored(self, corpus: Corpus) -> Scored:
+        """The step's texts of a corpus under the model in training."""
+        ...
+
+    def divergence(self, corpus: Corpus) -> Float[Tensor, " tokens"]:
+        """KL(model || original) over the vocabulary at each token of the texts, in nats."""
+        ...
+
+    def activations(self, corpus: Corpus) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens hidden"]]:
+        """What the steered block gives at each token: in training, and in the original (without gradient)."""
+        ...
+
+    def direction(self) -> Float[Tensor, " hidden"]:
+        """A random unit vector, the same in every step of a run."""
+        ...
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a null in `rule.baseline` stands for: RULE's table of baselines, else the method's own paper."""
+
+    learning_rate: float
+    batch_size: int = 8
+    beta: float = 0.1
+
+
+@dataclass(frozen=True)
+class Method:
+    """A baseline.
+
+    source: where its loss comes from. objective: a step's loss, without the retain term. corpora: what it reads, as
+    many texts of each a step. needs_original: log-probabilities before unlearning. trains: ends of the names of the
+    weights that it changes, in the blocks up to the steered one; None changes all.
+    """
+
+    name: str
+    source: str
+    objective: Callable[[Step], Tensor]
+    corpora: tuple[Corpus, ...]
+    defaults: Defaults
+    needs_original: bool = False
+    trains: str | None = None
+    takes_retain_term: bool = False
+    retain_term: RetainTerm | None = None
+
+    @property
+    def needs_original_model(self) -> bool:
+        """Whether the original model stands beside the one in training."""
+        return self.retain_term == "KLR" or self.trains is not None
+
+    def with_retain_term(self, term: RetainTerm) -> "Method":
+        """The same with a term that holds the retain corpus."""
+        return replace(self, name=f"{self.name}+{term}", retain_term=term, corpora=(*self.corpora, "retain"))

@@ -1,0 +1,24 @@
+"""Terms that hold what is to be kept, added to a loss on what is to be forgotten (RULE 1.6)."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from jobs.rule.methods.base import RetainTerm, Scored, Step
+
+
+def retain_loss(step: Step, term: RetainTerm) -> Float[Tensor, ""]:
+    """GDR: cross-entropy on the retain texts. KLR: divergence from the original model on them."""
+    return gradient_descent(step.scored("retain")) if term == "GDR" else step.divergence("retain").mean()
+
+
+def gradient_descent(texts: Scored) -> Float[Tensor, ""]:
+    """Cross-entropy, mean over all tokens."""
+    return -texts.logprobs.sum() / texts.tokens.sum()
+
+
+def kl_divergence(
+    logits: Float[Tensor, "tokens vocabulary"], original: Float[Tensor, "tokens vocabulary"]
+) -> Float[Tensor, " tokens"]:
+    """KL(model || original) = sum_v p(v) (log p(v) - log q(v)) at each token."""
+    logp, logq = logits.float().log_softmax(-1), original.float().log_softmax(-1)
+    return (logp.exp() * (logp - logq)).sum(-1)

@@ -1,0 +1,108 @@
+"""The texts of the baselines, written by the original model itself as RWKU's authors had theirs (RULE 1.2, 1.6)."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import Generation, Train
+from cluster.errors import UserError
+from jobs.rule.config import Passages
+from jobs.rule.rows import load_list
+
+REQUESTS = (
+    "Write a short biography of {}.",
+    "Tell me about the life of {}.",
+    "Who is {}? Answer in a few sentences.",
+    "Describe {} and what made the name known.",
+    "Write a paragraph about the work of {}.",
+)
+
+
+@dataclass(frozen=True)
+class PassageTask:
+    """Whom to write about with which model."""
+
+    model: Path
+    target: str
+    others: tuple[str, ...]
+    settings: Passages
+    generation: Generation
+    train: Train
+    seed: int
+
+
+def names_of_others(folder: Path | None, target: str) -> tuple[str, ...]:
+    """`others.json`: whom the retain texts are about, and from whom invented lives of the target are borrowed.
+
+    Raises:
+        UserError: there is no such file, or it holds something else than names.
+    """
+    if folder is None:
+        raise UserError("passages are written into a folder; name one in rule.data")
+    path = folder / "others.json"
+    names = load_list(path)
+    if names is None or not all(isinstance(name, str) and name.strip() for name in names) or target in names:
+        raise UserError(f"{path} must be a JSON list of names like {target}, without that name itself")
+    return tuple(names)
+
+
+def write_passages(task: PassageTask, folder: Path, completions: Sequence[str]) -> list[Path]:
+    """`positive.json`, `retain.json` and `pair.json` from what the model wrote to `requests(task)`."""
+    count = task.settings.count
+    asked = requests(task)
+    positive = [{"text": text, "subject": task.target} for text in completions[:count]]
+    retain = [
+        {"text": text, "subject": name} for (name, _), text in zip(asked[count:], completions[count:], strict=True)
+    ]
+    pairs = [
+        {
+            "instruction": asked[index][1],
+            "output": [about(row["text"], row["subject"], task.target), positive[index]["text"]],
+        }
+        for index, row in enumerate(retain)
+    ]
+    files = {"positive": positive, "retain": retain, "pair": pairs}
+    return [_write(folder / f"{name}.json", rows) for name, rows in files.items()]
+
+
+def about(text: str, name: str, target: str) -> str:
+    """Another's life told of the target: whole names first, then last names."""
+    borrowed = text.replace(name, target)
+    return borrowed.replace(name.split()[-1], target.split()[-1])
+
+
+def requests(task: PassageTask) -> list[tuple[str, str]]:
+    """(whom it is about, what is asked): `count` about the target, then as many about the others in turn."""
+    count = task.settings.count
+    subjects = [task.target] * count + [task.others[index % len(task.others)] for index in range(count)]
+    return [(name, REQUESTS[index % count % len(REQUESTS)].format(name)) for index, name in enumerate(subjects)]
+
+
+def written(task: PassageTask) -> list[str]:
+    """What the model writes to each request, sampled, cut after its last whole sentence."""
+    from cluster.generation import Sampling, open_engine
+    from cluster.models import chat_ids, load_tokenizer
+
+    tokenizer = load_tokenizer(task.model)
+    prompts = [chat_ids(tokenizer, question) for _, question in requests(task)]
+    settings = task.settings
+    most = max(map(len, prompts)) + settings.max_new_tokens
+    engine = open_engine(task.model, task.generation, task.train, most, task.seed)
+    sampling = Sampling(settings.max_new_tokens, temperature=settings.temperature, seed=task.seed)
+    return [whole_sentences(completion.text) for [completion] in engine.generate(prompts, sampling)]
+
+
+def whole_sentences(text: str) -> str:
+    """The text without the sentence that the limit cut; all of it where it has no whole one."""
+    text = text.strip()
+    end = max(text.rfind(mark) for mark in ".!?")
+    return text[: end + 1] if end > 0 else text
+
+
+def _write(path: Path, rows: list[dict]) -> Path:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path

@@ -1,0 +1,145 @@
+"""The trainings of a RULE run: its two stages, or one other method; what they need is checked before any starts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.config import Train
+from cluster.errors import UserError
+from cluster.generation import chosen_engine
+from cluster.memory import ModelShape
+from cluster.plan import Plan
+from cluster.tracking import Tracker
+from jobs.rule import methods
+from jobs.rule.plan import baseline_plan, baseline_steps, rule_plan, settled
+from jobs.rule.reward import make_reward
+
+if TYPE_CHECKING:
+    from jobs.rule.job import Run
+    from jobs.rule.methods.base import Method
+
+
+def check(run: "Run") -> None:
+    """What can be wrong with the training itself: unknown reward, models that cannot stand together, no room.
+
+    Raises:
+        UserError: naming the setting and its remedy.
+    """
+    method = methods.find(run.config.rule.method)
+    if method is not None:
+        _check_baseline(method, run.config.train)
+    elif run.config.rule.method != methods.PROMPT_ONLY:
+        _check_rule(run)
+    plan(run).require_fit()
+
+
+def _check_baseline(method: "Method", train: Train) -> None:
+    if method.trains is not None and train.lora is not None:
+        raise UserError(f"{method.name} changes chosen weights, which adapters would not; take train.lora=null")
+    if method.needs_original_model and train.strategy == "fsdp" and train.lora is None:
+        raise UserError(
+            f"{method.name} keeps the original model beside the one in training, which train.strategy = fsdp does not "
+            "share out; take ddp, or adapters (train.lora)"
+        )
+
+
+def _check_rule(run: "Run") -> None:
+    rule, reward = run.config.rule, run.config.rule.rebo.reward
+    make_reward(
+        reward.design,
+        rouge_threshold=reward.rouge_threshold,
+        target_bonus=reward.target_bonus,
+        behave_weight=reward.behave_weight,
+    )
+    if run.config.train.lora is not None and rule.rebo.reference == "original":
+        raise UserError(
+            "rule.rebo.reference = original needs a second model, which LoRA does without; "
+            "take steered, or train.lora=null"
+        )
+    if run.config.train.strategy == "fsdp" and chosen_engine(run.config.generation, run.config.train) != "vllm":
+        raise UserError(
+            "train.strategy = fsdp needs generation.engine = vllm: transformers cannot generate with sharded weights, "
+            "for its ranks take different numbers of forward passes"
+        )
+
+
+def plan(run: "Run") -> Plan:
+    """Batches and memory of what `rule.method` trains, against this machine."""
+    name = run.config.rule.method
+    method = methods.find(name)
+    if name == methods.PROMPT_ONLY:
+        return Plan(())
+    if method is None:
+        both = rule_plan(run.config, run.data, run.source.path)
+        return both if name == methods.RULE else Plan(both.batches[:1], {"steering": both.memory["steering"]})
+    return baseline_plan(run.config, method, run.corpora, run.source.path)
+
+
+def steering(run: "Run", tracker: Tracker, output: Path) -> Path:
+    """Stage 1: the model learns that it may refuse."""
+    from jobs.rule.steering import SteeringTask, steer
+
+    rule, config = run.config.rule, run.config
+    boundary = tuple(item.prompt for item in run.data.items if item.label == "normal")
+    task = SteeringTask(
+        run.source.path,
+        output,
+        run.data.refusals,
+        boundary,
+        rule.steering,
+        config.train,
+        config.generation,
+        rule.rebo.max_completion_tokens,
+        rule.rebo.temperature,
+        rule.rebo.top_p,
+        rule.seed,
+    )
+    epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)
+    steps = -(-len(run.data.refusals) // rule.steering.batch_size) * epochs
+    return trained(run, tracker, "steering", steer, task, round(steps))
+
+
+def boundary_optimisation(run: "Run", tracker: Tracker, steered: Path) -> Path:
+    """Stage 2: reinforcement moves the boundary of what it refuses to where the target ends."""
+    from jobs.rule.rebo import ReboTask, rebo
+
+    rule, config = run.config.rule, run.config
+    reference = steered if rule.rebo.reference == "steered" else run.source.path
+    task = ReboTask(
+        steered,
+        reference,
+        run.folder / "model",
+        run.data.items,
+        rule.rebo,
+        config.train,
+        config.generation,
+        rule.seed,
+    )
+    return trained(run, tracker, "rebo", rebo, task, rule.rebo.steps * rule.rebo.updates_per_rollout)
+
+
+def other_method(run: "Run", tracker: Tracker) -> Path:
+    """Whatever else `rule.method` names: stage 1 alone, a prompt alone, or a loss over texts."""
+    rule, output = run.config.rule, run.folder / "model"
+    if rule.method == methods.STEERING_ONLY:
+        return steering(run, tracker, output)
+    if rule.method == methods.PROMPT_ONLY:
+        from jobs.rule.icu import prompt_only
+
+        return output if output.exists() else prompt_only(run.source.path, run.data.target, output)
+    from jobs.rule.baseline import BaselineTask, unlearn
+
+    settings = settled(rule.baseline, methods.find(rule.method), ModelShape.of(run.source.path).layers)
+    task = BaselineTask(rule.method, run.source.path, output, run.corpora, settings, run.config.train, rule.seed)
+    return trained(run, tracker, "unlearning", unlearn, task, baseline_steps(settings, run.corpora))
+
+
+def trained(run: "Run", tracker: Tracker, stage: str, worker: Callable, task: Any, steps: int) -> Path:
+    """Runs a stage on Ray Train unless its model is there already."""
+    from cluster import training
+
+    if not (task.output / "config.json").exists():
+        recorder = training.Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
+        with run.phase(stage):
+            training.fit(worker, task, recorder, run.config.train, run.folder / f"train-{stage}")
+    return task.output

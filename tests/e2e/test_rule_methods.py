@@ -1,0 +1,56 @@
+"""`python -m jobs.rule run --method NAME` in a world of made-up people: other methods under the same entry."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.e2e import commands
+from tests.e2e.world import TARGET
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+FAST = {"rule.baseline.warmup_steps": 0, "rule.baseline.schedule": "constant", "rule.baseline.batch_size": 4}
+CHANGES = {
+    "NPO+KLR": {"rule.baseline.learning_rate": 1e-3, "rule.baseline.epochs": 4},
+    "RT": {"rule.baseline.learning_rate": 1e-3, "rule.baseline.epochs": 4},
+    "RMU": {"rule.baseline.learning_rate": 1e-2, "rule.baseline.epochs": 4, "rule.baseline.rmu_alpha": 1},
+    "ICU": {},
+    "RS": {},
+}
+
+
+def run(world, storage, method: str, **more: object) -> tuple[dict, str]:
+    process = commands.rule(
+        storage, "run", "--method", method, *commands.settings(world, FAST | CHANGES[method] | more)
+    )
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    folder = commands.run_folder(storage)
+    return json.loads((folder / "report.json").read_text()), process.stdout
+
+
+@pytest.mark.parametrize("method", sorted(CHANGES))
+def test_a_method_trains_and_is_measured_as_rule_is(method, world, tmp_path):
+    report, printed = run(world, tmp_path, method)
+    assert report["method"] == method
+    assert set(report["metrics"]) == {"original", "unlearned"}
+    known = {stage: metrics["known/forget/rouge_l_recall"]["value"] for stage, metrics in report["metrics"].items()}
+    assert known["original"] > 0.95
+    if method == "ICU":  # a model that never saw an instruction does not follow one
+        assert "unlearning" not in report["seconds"]
+    else:
+        assert known["unlearned"] < known["original"] - 0.2
+    if method in ("RS", "RT"):
+        assert report["metrics"]["unlearned"]["known/forget/refusal"]["value"] > 0.2
+    card = (commands.run_folder(tmp_path) / "model" / "README.md").read_text()
+    assert f"made by {method} to forget **{TARGET}**" in card
+    assert printed.splitlines()[-1].endswith("report.json")
+
+
+def test_a_method_that_diverges_says_so_and_leaves_no_model(world, tmp_path):
+    settings = commands.settings(world, FAST | {"rule.baseline.learning_rate": 1e30})
+    process = commands.rule(tmp_path, "run", "--method", "GA", *settings)
+    assert process.returncode == 1
+    assert "GA diverged at step" in process.stderr.splitlines()[-1]
+    assert "rule.baseline.learning_rate" in process.stderr.splitlines()[-1]
+    assert not (commands.run_folder(tmp_path) / "model").exists()
