@@ -112,23 +112,29 @@ def load(
     values = _read(base)
     profiles = values.pop("profiles", {})
     _mark(values, base.name, origins)
+
+    def laid(above: dict, origin: str) -> dict:
+        for section, value in above.items():
+            _require_sections(schema, str(section), value, origin)
+        return _merge(values, above, origin, origins)
+
     if profile is not None:
         if profile not in profiles:
             raise UserError(f"profile '{profile}' is not in {base.name}; take one of {', '.join(sorted(profiles))}")
-        values = _merge(values, profiles[profile], f"profile {profile} in {base.name}", origins)
+        values = laid(profiles[profile], f"profile {profile} in {base.name}")
     for path in files:
-        values = _merge(values, _read(path), str(path), origins)
+        values = laid(_read(path), str(path))
     if environ.get(STORAGE_VARIABLE):
-        values = _merge(values, {"cluster": {"storage": environ[STORAGE_VARIABLE]}}, STORAGE_VARIABLE, origins)
+        values = laid({"cluster": {"storage": environ[STORAGE_VARIABLE]}}, STORAGE_VARIABLE)
     for name in sorted(environ):
         if name.startswith(ENVIRONMENT_PREFIX):
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-            values = _merge(values, _nest(key, environ[name], name), name, origins)
+            values = laid(_nest(key, environ[name], name), name)
     for assignment in sets:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise UserError(f"--set {assignment} is not of the form section.key=value")
-        values = _merge(values, _nest(key.strip(), text, f"--set {assignment}"), f"--set {assignment}", origins)
+        values = laid(_nest(key.strip(), text, f"--set {assignment}"), f"--set {assignment}")
     mine = {key: value for key, value in values.items() if key in schema.model_fields or not _is_another_system(key)}
     try:
         config = schema.model_validate(mine)
@@ -146,6 +152,22 @@ def fast_precision(config: Config, cpuinfo: Path = Path("/proc/cpuinfo")) -> Lit
     """
     amx = cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text(encoding="utf-8", errors="replace").split()
     return "bfloat16" if config.train.gpus_per_worker or amx else "float32"
+
+
+def _require_sections(schema: type[BaseModel], key: str, value: Any, origin: str) -> None:
+    """A scalar or nothing where a section stands would drop all that lies below it."""
+    inner: Any = schema
+    for part in key.split("."):
+        field = inner.model_fields.get(part)
+        if field is None or (inner := _section_of(field.annotation)) is None:
+            return
+    if isinstance(value, dict):
+        for name, below in value.items():
+            _require_sections(schema, f"{key}.{name}", below, origin)
+    elif value is not None or type(None) not in get_args(field.annotation):
+        raise UserError(
+            f"{origin}: {key} = {value!r} is wrong: it is a section; set the keys in it, as {key}.KEY=value"
+        )
 
 
 def leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

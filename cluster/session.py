@@ -28,6 +28,8 @@ def prepare(config: Config) -> None:
     os.environ.update(WORKER_ENVIRONMENT)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
+        # With 0 a Ray of one machine stays on the loopback address, else its control ports listen on every interface.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -118,7 +118,8 @@ def claim(run: Run, fresh: bool) -> None:
         UserError: the folder holds something else; nothing is touched then.
     """
     folder, identity = run.folder, run.state["identity"]
-    state = read_json(folder / "state.json") or {}
+    found = read_json(folder / "state.json")
+    state = found if isinstance(found, dict) and "identity" in found else {}
     if not state and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {folder} holds other things than a run; name a new or empty folder")
     if fresh and state:
