@@ -118,7 +118,7 @@ def test_auto_takes_the_precision_that_the_machine_is_fast_in(tmp_path, flags, g
 @pytest.mark.parametrize("value", ["", "5", "[a]", "null"])
 def test_a_section_is_no_value(value, tmp_path):
     (tmp_path / "mine.yaml").write_text(f"rule: {value}\n")
-    with pytest.raises(UserError, match=r"mine\.yaml: rule = .* is a section; set keys in it"):
+    with pytest.raises(UserError, match=r"mine\.yaml: rule = .* is a section; set the keys in it"):
         load(RuleConfig, "laptop", files=[tmp_path / "mine.yaml"], sets=["rule.seed=1"], environ={})
     assert load(RuleConfig, sets=["train.lora.rank=8", "train.lora=null"], environ={}).train.lora is None
 
