@@ -111,7 +111,7 @@ class BaselineTrainer(Trainer):
         """The method's objective and its retain term; a loss that is no number ends the run.
 
         Raises:
-            JobFailure: the loss or a gradient is not finite.
+            JobFailure: the loss is not finite.
         """
         model.train()
         step = TrainingStep(self, model, inputs)
@@ -150,8 +150,8 @@ class TrainingStep:
         texts = [row[corpus] for row in self.inputs]
         device = self.trainer.accelerator.device
         total = torch.zeros(len(texts), device=device)
-        for row in self._rows(corpus):
-            total = total.index_add(0, row.sequence, row_logprobs(self.model, row, 1.0))
+        for row, counts in self._rows(corpus):
+            total = total.index_add(0, row.sequence, row_logprobs(self.model, row, 1.0) * bool(counts))
         tokens = torch.tensor([float(len(text.completion)) for text in texts], device=device)
         original = None
         if texts[0].original is not None:
@@ -161,20 +161,19 @@ class TrainingStep:
     def divergence(self, corpus: Corpus) -> Tensor:
         """See `Step`."""
         parts = []
-        for row in self._rows(corpus):
+        for row, counts in self._rows(corpus):
             with self.trainer.as_original(self.model) as original:
                 reference = row_logits(original, row)
-            # a position that predicts the first token of several completions counts once
-            parts.append(kl_divergence(row_logits(self.model, row), reference))
+            parts.append(kl_divergence(row_logits(self.model, row), reference)[:counts])
         return torch.cat(parts)
 
     def activations(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
         """See `Step`."""
         steered, kept = [], []
-        for row in self._rows(corpus):
+        for row, counts in self._rows(corpus):
             with self.trainer.as_original(self.model) as original:
-                kept.append(self._block_output(original, row))
-            steered.append(self._block_output(self.model, row))
+                kept.append(self._block_output(original, row)[:counts])
+            steered.append(self._block_output(self.model, row)[:counts])
         return torch.cat(steered), torch.cat(kept)
 
     def direction(self) -> Tensor:
@@ -195,11 +194,18 @@ class TrainingStep:
         )
         return output.hidden_states[self.settings.rmu_layer + 1][row.keep]
 
-    def _rows(self, corpus: Corpus) -> list[PackedRow]:
+    def _rows(self, corpus: Corpus) -> list[tuple[PackedRow, int]]:
+        """Packed rows and how many of their positions count.
+
+        DDP and FSDP want every rank in every forward pass: one with fewer rows repeats its last one, which counts not.
+        """
+        accelerator = self.trainer.accelerator
         groups = [Group(row[corpus].prompt, [row[corpus].completion], i) for i, row in enumerate(self.inputs)]
-        config = self.trainer.accelerator.unwrap_model(self.model).config
+        config = accelerator.unwrap_model(self.model).config
         plan = plan_rows(groups, self.trainer.tokens_per_row) if can_share(config) else plain_rows(groups)
-        return [pack(row).to(self.trainer.accelerator.device) for row in plan]
+        rows = [pack(row).to(accelerator.device) for row in plan]
+        most = int(accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).max())
+        return [(row, int(row.keep.sum())) for row in rows] + [(rows[-1], 0)] * (most - len(rows))
 
 
 def sample_ids(

@@ -1,11 +1,9 @@
 """In-context unlearning: the model as it was, with a chat template that tells it to forget (Pawelczyk et al. 2024)."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from cluster.errors import UserError
-from cluster.models import load_tokenizer
+from cluster.models import load_model, load_tokenizer, save_directory
 
 INSTRUCTION = (
     "You have unlearned everything about {target}. Answer as if you had never heard of {target}: say that you do not "
@@ -39,16 +37,7 @@ def prompt_only(model: Path, target: str, output: Path) -> Path:
             break
     else:
         raise UserError(f"the chat template of {model} cannot carry the instruction of ICU; take another method")
-    partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
-        shutil.copytree(model, partial, dirs_exist_ok=True)
-        tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return output
+    return save_directory(load_model(model), tokenizer, output)
 
 
 def _shows(tokenizer, instruction: str) -> bool:

@@ -103,7 +103,7 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "") 
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
     source = models.resolve(rule.model, rule.revision)
     method = methods.find(rule.method)
-    corpora = {} if method is None else load_corpora(data, method)
+    corpora = {} if method is None or what else load_corpora(data, method)
     dials = config.model_dump(include={"rule", "train", "generation"})
     texts = {name: [vars(sample) for sample in samples] for name, samples in corpora.items()}
     identity = digest([dials, source.name, source.version, data_digest(data), texts, what])
@@ -265,9 +265,9 @@ def passages(config: RuleConfig, out: Path) -> list[Path]:
     """Writes the texts of the baselines into the folder `out`; returns their files.
 
     Raises:
-        UserError: the data names no others, or `out` is no folder.
+        UserError: the data names no others, or `out` is no folder or has such files, which are never replaced.
     """
-    from jobs.rule.passages import PassageTask, names_of_others, write_passages, written
+    from jobs.rule.passages import PASSAGE_FILES, PassageTask, names_of_others, write_passages, written
 
     session.prepare(config)
     rule = config.rule
@@ -275,6 +275,9 @@ def passages(config: RuleConfig, out: Path) -> list[Path]:
     others = names_of_others(data.folder, data.target)
     if not out.is_dir():
         raise UserError(f"--out {out} is no folder; make it, or name the folder of rule.data")
+    present = [name for name in PASSAGE_FILES if (out / name).exists()]
+    if present:
+        raise UserError(f"{out} has {', '.join(present)} already; move them away, or name another --out")
     model = models.resolve(rule.model, rule.revision).path
     task = PassageTask(model, data.target, others, rule.passages, config.generation, config.train, rule.seed)
     with session.connected(config):

@@ -1,13 +1,12 @@
 """The texts of the baselines, written by the original model itself as RWKU's authors had theirs (RULE 1.2, 1.6)."""
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import Generation, Train
 from cluster.errors import UserError
+from cluster.report import write_json
 from jobs.rule.config import Passages
 from jobs.rule.rows import load_list
 
@@ -18,6 +17,8 @@ REQUESTS = (
     "Describe {} and what made the name known.",
     "Write a paragraph about the work of {}.",
 )
+
+PASSAGE_FILES = ("positive.json", "retain.json", "pair.json")
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,18 @@ def names_of_others(folder: Path | None, target: str) -> tuple[str, ...]:
 
 
 def write_passages(task: PassageTask, folder: Path, completions: Sequence[str]) -> list[Path]:
-    """`positive.json`, `retain.json` and `pair.json` from what the model wrote to `requests(task)`."""
+    """`PASSAGE_FILES` from what the model wrote to `requests(task)`; what it left empty is left out."""
     count = task.settings.count
     asked = requests(task)
-    positive = [{"text": text, "subject": task.target} for text in completions[:count]]
-    retain = [
-        {"text": text, "subject": name} for (name, _), text in zip(asked[count:], completions[count:], strict=True)
-    ]
+    rows = [{"text": text, "subject": name} for (name, _), text in zip(asked, completions, strict=True)]
     pairs = [
-        {
-            "instruction": asked[index][1],
-            "output": [about(row["text"], row["subject"], task.target), positive[index]["text"]],
-        }
-        for index, row in enumerate(retain)
+        {"instruction": question, "output": [about(other["text"], other["subject"], task.target), own["text"]]}
+        for (_, question), own, other in zip(asked[:count], rows[:count], rows[count:], strict=True)
+        if own["text"] and other["text"]
     ]
-    files = {"positive": positive, "retain": retain, "pair": pairs}
-    return [_write(folder / f"{name}.json", rows) for name, rows in files.items()]
+    positive, retain = ([row for row in side if row["text"]] for side in (rows[:count], rows[count:]))
+    contents = zip(PASSAGE_FILES, (positive, retain, pairs), strict=True)
+    return [write_json(content, folder / name) for name, content in contents]
 
 
 def about(text: str, name: str, target: str) -> str:
@@ -99,10 +96,3 @@ def whole_sentences(text: str) -> str:
     text = text.strip()
     end = max(text.rfind(mark) for mark in ".!?")
     return text[: end + 1] if end > 0 else text
-
-
-def _write(path: Path, rows: list[dict]) -> Path:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path

@@ -47,6 +47,19 @@ def test_a_method_trains_and_is_measured_as_rule_is(method, world, tmp_path):
     assert printed.splitlines()[-1].endswith("report.json")
 
 
+@pytest.mark.parametrize("method", ["NPO+KLR", "RMU"])
+def test_two_workers_train_what_one_does(method, world, tmp_path):
+    # rows of 60 tokens: the workers' halves of a batch take different numbers of passes
+    cut = {"train.tokens_per_row": 60, "rule.baseline.epochs": 1}
+    steps = []
+    for workers in (1, 2):
+        storage = tmp_path / str(workers)
+        run(world, storage, method, **cut, **{"train.num_workers": workers})
+        steps.append([row["loss"] for row in commands.history(storage, "unlearning")])
+    assert len(steps[0]) == len(steps[1])
+    assert steps[1][0] == pytest.approx(steps[0][0], rel=0.2)
+
+
 def test_a_method_that_diverges_says_so_and_leaves_no_model(world, tmp_path):
     settings = commands.settings(world, FAST | {"rule.baseline.learning_rate": 1e30})
     process = commands.rule(tmp_path, "run", "--method", "GA", *settings)

@@ -11,9 +11,10 @@ import pytest
 from cluster.config import Generation, Train
 from cluster.errors import UserError
 from jobs.rule import methods
-from jobs.rule.config import Passages
+from jobs.rule.config import Passages, RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import DEMO, load_data
+from jobs.rule.job import passages
 from jobs.rule.passages import PassageTask, about, names_of_others, requests, whole_sentences, write_passages
 from jobs.rule.reward import refused
 
@@ -107,6 +108,21 @@ def test_written_passages_are_what_the_methods_read(data):
     assert {sample.completion for sample in corpora["fabricated"]} == {"Ann Lee lives. Mr Lee works."}
     assert corpora["retain"][1] == Sample("", "Cy Dunn lives. Mr Dunn works.")
     assert corpora["forget"][0].prompt == asked[0][1]
+
+
+def test_what_the_model_left_empty_is_left_out(data):
+    task = PassageTask(Path(), "Ann Lee", ("Bo Hill",), Passages(count=2), Generation(), Train(), 0)
+    write_passages(task, data.folder, ["", "Ann.", "Bo.", "Hill."])
+    corpora = load_corpora(data, methods.find("NPO+GDR"))
+    assert [sample.completion for sample in corpora["forget"]] == ["Ann."]
+    assert [sample.completion for sample in corpora["retain"]] == ["Bo.", "Hill."]
+    assert len(load_corpora(data, methods.find("DPO"))["fabricated"]) == 1
+
+
+def test_passages_never_replace_files(tmp_path):
+    put(tmp_path / "positive.json", [{"text": "mine"}])
+    with pytest.raises(UserError, match=r"has positive\.json already"):
+        passages(RuleConfig(), tmp_path)
 
 
 @pytest.mark.parametrize(
