@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -12,7 +13,13 @@ from tests.e2e.world import TARGET
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 FAST = {"rule.baseline.warmup_steps": 0, "rule.baseline.schedule": "constant", "rule.baseline.batch_size": 4}
 CHANGES = {
-    "NPO+KLR": {"rule.baseline.learning_rate": 1e-3, "rule.baseline.epochs": 4},
+    # two workers, whose halves of a batch take different numbers of rows of 60 tokens
+    "NPO+KLR": {
+        "rule.baseline.learning_rate": 1e-3,
+        "rule.baseline.epochs": 4,
+        "train.num_workers": 2,
+        "train.tokens_per_row": 60,
+    },
     "RT": {"rule.baseline.learning_rate": 1e-3, "rule.baseline.epochs": 4},
     "RMU": {"rule.baseline.learning_rate": 1e-2, "rule.baseline.epochs": 4, "rule.baseline.rmu_alpha": 1},
     "ICU": {},
@@ -20,10 +27,8 @@ CHANGES = {
 }
 
 
-def run(world, storage, method: str, **more: object) -> tuple[dict, str]:
-    process = commands.rule(
-        storage, "run", "--method", method, *commands.settings(world, FAST | CHANGES[method] | more)
-    )
+def run(world, storage, method: str) -> tuple[dict, str]:
+    process = commands.rule(storage, "run", "--method", method, *commands.settings(world, FAST | CHANGES[method]))
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     folder = commands.run_folder(storage)
     return json.loads((folder / "report.json").read_text()), process.stdout
@@ -40,24 +45,15 @@ def test_a_method_trains_and_is_measured_as_rule_is(method, world, tmp_path):
         assert "unlearning" not in report["seconds"]
     else:
         assert known["unlearned"] < known["original"] - 0.2
+    if method == "NPO+KLR":  # nothing has moved yet: 2 / beta * ln 2, and no divergence
+        losses = [row["loss"] for row in commands.history(tmp_path, "unlearning")]
+        assert losses[0] == pytest.approx(10 * math.log(2), rel=1e-3)
+        assert losses[-1] < losses[0]
     if method in ("RS", "RT"):
         assert report["metrics"]["unlearned"]["known/forget/refusal"]["value"] > 0.2
     card = (commands.run_folder(tmp_path) / "model" / "README.md").read_text()
     assert f"made by {method} to forget **{TARGET}**" in card
     assert printed.splitlines()[-1].endswith("report.json")
-
-
-@pytest.mark.parametrize("method", ["NPO+KLR", "RMU"])
-def test_two_workers_train_what_one_does(method, world, tmp_path):
-    # rows of 60 tokens: the workers' halves of a batch take different numbers of passes
-    cut = {"train.tokens_per_row": 60, "rule.baseline.epochs": 1}
-    steps = []
-    for workers in (1, 2):
-        storage = tmp_path / str(workers)
-        run(world, storage, method, **cut, **{"train.num_workers": workers})
-        steps.append([row["loss"] for row in commands.history(storage, "unlearning")])
-    assert len(steps[0]) == len(steps[1])
-    assert steps[1][0] == pytest.approx(steps[0][0], rel=0.2)
 
 
 def test_a_method_that_diverges_says_so_and_leaves_no_model(world, tmp_path):
