@@ -144,7 +144,7 @@ def memory(free: int, total: int) -> Check:
     if free < 3 * GIB:
         return Check("memory", "fail", found, "End other programs: Ray and one small worker take 3 GiB.")
     if free < 9 * GIB:
-        return Check("memory", "warn", found, "`make demo` takes up to 6 GiB for its worker and 3 GiB for Ray.")
+        return Check("memory", "warn", found, "`make demo` takes up to 6.5 GiB for its worker and 3 GiB for Ray.")
     return Check("memory", "ok", found)
 
 
