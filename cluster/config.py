@@ -6,6 +6,7 @@ Imports neither torch nor ray, so that a wrong key is told within a second.
 import difflib
 import importlib.util
 import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -21,23 +22,23 @@ STORAGE_VARIABLE = "RAYWARD_STORAGE"  # what `make up` sets for the jobs that ar
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, and an unknown key is an error."""
+    """A part of the configuration: immutable, and an unknown key is an error, as is infinity or not-a-number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Cluster(Section):
     """Where the job runs and where its results live."""
 
     address: str | None = None
-    num_cpus: int | None = Field(default=None, ge=1)
+    num_cpus: int | None = Field(default=None, ge=1, le=10_000)
     storage: str = "results"
 
 
 class Lora(Section):
     """Low-rank adaptation (peft); merged into the weights when a stage ends."""
 
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, le=100_000)
     alpha: float = Field(gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str = "all-linear"
@@ -46,15 +47,15 @@ class Lora(Section):
 class Train(Section):
     """How many workers train, on what, and how often they save."""
 
-    num_workers: int = Field(default=1, ge=1)
-    cpus_per_worker: int = Field(default=2, ge=1)
-    gpus_per_worker: int = Field(default=0, ge=0)
+    num_workers: int = Field(default=1, ge=1, le=100_000)
+    cpus_per_worker: int = Field(default=2, ge=1, le=10_000)
+    gpus_per_worker: int = Field(default=0, ge=0, le=10_000)
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     strategy: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False
-    tokens_per_row: int = Field(default=512, ge=16)
-    checkpoint_every: int = Field(default=20, ge=1)
-    max_failures: int = Field(default=2, ge=0)
+    tokens_per_row: int = Field(default=512, ge=16, le=10_000_000)
+    checkpoint_every: int = Field(default=20, ge=1, le=1_000_000)
+    max_failures: int = Field(default=2, ge=0, le=10_000)
     lora: Lora | None = None
 
 
@@ -62,7 +63,7 @@ class Generation(Section):
     """The engine that writes completions, in training rollouts and in evaluation."""
 
     engine: Literal["auto", "vllm", "transformers"] = "auto"
-    max_batch_sequences: int = Field(default=64, ge=1)
+    max_batch_sequences: int = Field(default=64, ge=1, le=1_000_000)
     gpu_memory_utilization: float = Field(default=0.35, gt=0, lt=1)
 
 
@@ -70,8 +71,8 @@ class Tracking(Section):
     """The MLflow run of the job."""
 
     uri: str | None = None
-    experiment: str = "rayward"
-    register_as: str | None = None
+    experiment: str = Field(default="rayward", min_length=1, max_length=250)
+    register_as: str | None = Field(default=None, min_length=1, max_length=250)
 
 
 class Config(Section):
@@ -205,14 +206,26 @@ def _read(path: Path) -> dict:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of sections, but holds a {type(content).__name__}")
+    _require_names(content, str(path))
     return content
+
+
+def _require_names(value: Any, origin: str) -> None:
+    """YAML takes anything as a key: `null:`, `1:`, and `on:` for true."""
+    if not isinstance(value, dict):
+        return
+    for key, below in value.items():
+        if not isinstance(key, str):
+            raise UserError(f"{origin}: the key {key!r} is no name; write the name of a setting there, or quote it")
+        _require_names(below, origin)
 
 
 def _nest(key: str, text: str, origin: str) -> dict:
     try:
         value: Any = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{origin}: '{text}' is not a YAML value; quote it") from None
+    _require_names(value, origin)
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
@@ -246,4 +259,4 @@ def _sentences(error: ValidationError, schema: type[BaseModel], origins: Origins
             yield f"{place}: unknown key {key}; the nearest known key is {nearest[0]}"
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            yield f"{place}: {key} = {problem['input']!r} is wrong: {message}"
+            yield f"{place}: {key} = {reprlib.repr(problem['input'])} is wrong: {message}"

@@ -1,5 +1,8 @@
 """The two ways a job can end badly."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A mistake its author can mend: one sentence naming the value, the place and the remedy. Exit status 2."""
@@ -7,3 +10,20 @@ class UserError(Exception):
 
 class JobFailure(Exception):
     """A failure of the job itself, told as its root cause in one sentence. Exit status 1."""
+
+
+@contextmanager
+def paths_named() -> Iterator[None]:
+    """Before a job runs, a path that the file system refuses is one that the user can mend.
+
+    Raises:
+        UserError: in place of an OSError that names a file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        path = str(error.filename)
+        shown = path if len(path) <= 300 else f"{path[:297]}..."
+        raise UserError(f"{shown} cannot be used: {error.strerror}; check the path and its permissions") from error

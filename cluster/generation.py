@@ -162,7 +162,10 @@ class TransformersEngine:
 
 
 class HalfPrecisionEngine(TransformersEngine):
-    """Generation by a bfloat16 copy of a policy that is trained in float32; `sync` brings in its present weights."""
+    """Generation by a bfloat16 copy of a policy that is trained in float32.
+
+    `sync` brings in its present weights; `release` lets go of them until the next `sync`.
+    """
 
     def __init__(
         self,
@@ -188,9 +191,13 @@ class HalfPrecisionEngine(TransformersEngine):
         """Copies the policy's weights, rounded."""
         import torch
 
-        with torch.no_grad():
-            for own, new in zip(self.model.parameters(), self.policy.parameters(), strict=True):
-                own.copy_(new)
+        for own, new in zip(self.model.parameters(), self.policy.parameters(), strict=True):
+            own.data = new.detach().to(torch.bfloat16)
+
+    def release(self) -> None:
+        """Frees the copy's memory for the update."""
+        for own in self.model.parameters():
+            own.data = own.data.new_empty(0)
 
 
 def policy_engine(

@@ -25,6 +25,7 @@ from pathlib import Path
 from cluster import processes
 from cluster.errors import JobFailure, UserError
 from cluster.processes import Session
+from cluster.report import read_json
 
 LOOPBACK = "127.0.0.1"
 START_DEADLINE_S = 120.0
@@ -88,19 +89,28 @@ class Local:
 
 
 def read(storage: Path) -> Local | None:
-    """The cluster that `up` recorded under `storage`, whether or not it still runs."""
-    try:
-        state = json.loads((storage / "cluster.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """The cluster that `up` recorded under `storage`, whether or not it still runs.
+
+    Raises UserError where the record was changed by something else.
+    """
+    record = storage / "cluster.json"
+    state = read_json(record)
+    if state is None:
         return None
-    path = state["auth"]["token_path"]
-    return Local(
-        ray=Session(state["ray"]["pid"], state["ray"]["born"]),
-        mlflow=Session(state["mlflow"]["pid"], state["mlflow"]["born"]),
-        ports=Ports(**state["ports"]),
-        token=Token(state["auth"]["mode"], Path(path) if path else None),
-        temp=Path(state["ray"]["temp"]),
-    )
+    try:
+        path = state["auth"]["token_path"]
+        return Local(
+            ray=Session(state["ray"]["pid"], state["ray"]["born"]),
+            mlflow=Session(state["mlflow"]["pid"], state["mlflow"]["born"]),
+            ports=Ports(**state["ports"]),
+            token=Token(state["auth"]["mode"], Path(path) if path else None),
+            temp=Path(state["ray"]["temp"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{record} is no record of `make up` ({type(error).__name__}: {error}); move it away, and end what may "
+            "still run by its process id"
+        ) from None
 
 
 def up(storage: Path, ports: Ports, num_cpus: int | None = None) -> tuple[Local, bool]:
@@ -193,6 +203,8 @@ def _forget(storage: Path, temp: Path) -> None:
 
 
 def _refuse_taken(ports: Ports) -> None:
+    if len(set(asdict(ports).values())) < len(asdict(ports)):
+        raise UserError(f"dashboard, Ray and MLflow need a port each, and were given {asdict(ports)}; name three.")
     for name, port in asdict(ports).items():
         if not port_is_free(port):
             raise UserError(f"Port {port} is in use; free it, or choose another: python -m cluster up --{name}-port N.")

@@ -7,11 +7,14 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
+from cluster.report import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,15 +41,18 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
         revision: the commit (40 hexadecimal digits) of a hub id; refused for the other kinds.
 
     Raises:
-        UserError: unknown name, unpinned hub id, unreachable hub, directory without safetensors or tokenizer.
+        UserError: unknown name, unpinned hub id, unreachable hub, directory that holds no whole model.
     """
+    directory = Path(name).expanduser()
+    if revision is not None and (name.startswith("embedded:") or directory.is_dir()):
+        raise UserError(f"rule.revision = {revision} pins a hub model, and {name} is none; leave rule.revision out")
     if name.startswith("embedded:"):
         return _embedded(name)
-    directory = Path(name).expanduser()
     if directory.is_dir():
         check_directory(directory)
-        stamp = max(file.stat().st_mtime_ns for file in directory.glob("*.safetensors"))
-        return ModelSource(str(directory.resolve()), directory.resolve(), str(stamp))
+        files = sorted({file for pattern in HUB_FILES for file in directory.glob(pattern)})
+        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return ModelSource(str(directory.resolve()), directory.resolve(), digest(stamps))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"model '{name}' is no directory here, no hub id owner/name and no embedded model; check the name"
@@ -55,34 +61,84 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
 
 
 def check_directory(directory: Path) -> None:
-    """Raises UserError unless `directory` holds a configuration, safetensors weights and a tokenizer."""
+    """Raises UserError unless `directory` holds a whole causal language model; no weight is read for that."""
     if not (directory / "config.json").exists():
         raise UserError(f"model directory {directory} has no config.json; name a directory in Hugging Face layout")
     try:
-        json.loads((directory / "config.json").read_text())
+        json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{directory / 'config.json'} line {error.lineno} is not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{directory / 'config.json'} is no text in UTF-8; save the model again") from None
     if not list(directory.glob("*.safetensors")):
         pickles = [file.name for file in directory.iterdir() if file.suffix in {".bin", ".pt", ".pth"}]
         found = f"only the pickle {pickles[0]}" if pickles else "no weights"
         raise UserError(f"model directory {directory} holds {found}; save the model as safetensors")
     if not any((directory / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"model directory {directory} has no tokenizer; save the tokenizer beside the weights")
+    from transformers import AutoConfig
+
+    with _foreign(directory, "config.json"):
+        AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with _foreign(directory, "tokenizer"):
+        tokenizer = _tokenizer(directory)
+        if tokenizer.chat_template is not None:
+            chat_ids(tokenizer, "?")
+    with _foreign(directory, "safetensors"):
+        _load(directory, "float32", device_map="meta")
+
+
+@contextmanager
+def _foreign(directory: Path, part: str) -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the parsers of transformers meet a foreign file with whatever comes up
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"the {part} of model directory {directory} cannot be loaded ({reason}); save the model again"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_model(path: Path, dtype: str = "float32") -> "PreTrainedModel":
-    """The causal language model in `path`, in evaluation mode on the CPU; `dtype` float32 or bfloat16."""
+    """The causal language model in `path`, in evaluation mode on the CPU; `dtype` float32 or bfloat16.
+
+    Raises:
+        UserError: weights are missing, which transformers would fill at random.
+    """
+    return _load(path, dtype)
+
+
+def _load(path: Path, dtype: str, **options: str) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    return AutoModelForCausalLM.from_pretrained(
+    logging.disable_progress_bar()
+    model, found = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
         attn_implementation="sdpa",
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
+        output_loading_info=True,
+        **options,
     )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(
+            f"the safetensors of model directory {path} lack {len(missing)} of its weights, as {missing[0]}; "
+            "save the model again"
+        )
+    return model
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -91,13 +147,18 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     Raises:
         UserError: it has no chat template.
     """
+    tokenizer = _tokenizer(path)
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer in {path} has no chat template; add one or take an instruct model")
+    return tokenizer
+
+
+def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer in {path} has no chat template; add one or take an instruct model")
     return tokenizer
 
 

@@ -8,6 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.errors import UserError
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -40,8 +42,17 @@ def write_json(content: object, path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict | None:
-    """The content of a file that `write_json` made, or None where there is none yet."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The content of a file that `write_json` made, or None where there is none yet.
+
+    Raises:
+        UserError: the file is no JSON any more.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); move it away and repeat the command") from None
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +21,28 @@ WORKER_ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
+LISTENER_DEADLINE_S = 10.0
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYWARD_CACHE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
 
 
 def prepare(config: Config) -> None:
-    """Sets this process's environment for Ray; called before anything imports it, for it reads some then."""
+    """Sets this process's environment for Ray; called before anything imports it, for it reads some then.
+
+    Raises:
+        UserError: nothing listens at the cluster's address, or this machine's own Ray would be too small.
+    """
     os.environ.update(WORKER_ENVIRONMENT)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
+    address = _address(config)
+    if address is not None:
+        _require_listener(address)
+    else:
+        demanded, given = config.train.num_workers * config.train.cpus_per_worker, config.cluster.num_cpus
+        if given is not None and given < demanded:
+            raise UserError(
+                f"cluster.num_cpus = {given}, but train.num_workers x train.cpus_per_worker takes {demanded}; "
+                "raise the first or lower the others"
+            )
         # With 0 a Ray of one machine stays on the loopback address, else its control ports listen on every interface.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -45,7 +60,7 @@ def connected(config: Config) -> Iterator[None]:
     Raises:
         UserError: no cluster answers at the address, or it cannot place the training workers.
     """
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     environment = WORKER_ENVIRONMENT | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
     import ray
@@ -91,6 +106,24 @@ def on_worker(function, config: Config, *arguments, seconds: float):
         raise JobFailure(f"the process of {function.__name__} died: {str(error).splitlines()[0]}") from None
     except RayTaskError as error:
         raise error.as_instanceof_cause() from None
+
+
+def _address(config: Config) -> str | None:
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself would try a dead address for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENER_DEADLINE_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}); start one with `make up`, or mend cluster.address "
+            "or RAY_ADDRESS"
+        ) from None
 
 
 def storage(config: Config) -> Path:

@@ -19,7 +19,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import JobFailure, UserError
-from cluster.tracking_store import already_there, connect, experiment_named, explained, first_use, healthy, sqlite_file
+from cluster.report import read_json
+from cluster.tracking_store import (
+    already_there,
+    connect,
+    experiment_named,
+    explained,
+    first_use,
+    healthy,
+    sqlite_file,
+    without_credentials,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,7 +46,6 @@ METRICS_PER_BATCH = 1000
 
 # "tokenizer" is no secret; numbers never are, so that max_new_tokens stays readable (see `masked`).
 _SECRET_KEY = re.compile(r"token(?!iz)|key|secret|password|credential", re.IGNORECASE)
-_USER_INFO = re.compile(r"://[^/@\s]+@")
 _ROOT = Path(__file__).resolve().parents[1]
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle"}
 
@@ -48,11 +57,11 @@ def default_uri(storage: Path) -> str:
     server listens on loopback, so ask on the node that will write.
     """
     storage = storage.resolve()
-    state = storage / "cluster.json"
-    if state.exists():
-        server = json.loads(state.read_text(encoding="utf-8")).get("mlflow")
-        if server and healthy(server["uri"]):
-            return server["uri"]
+    record = read_json(storage / "cluster.json")
+    server = record.get("mlflow") if isinstance(record, dict) else None
+    uri = server.get("uri") if isinstance(server, dict) else None
+    if isinstance(uri, str) and healthy(uri):
+        return uri
     return f"sqlite:///{storage / 'mlflow.db'}"
 
 
@@ -67,7 +76,7 @@ def masked(value: Any, place: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [masked(entry, place) for entry in value]
     if isinstance(value, str) and value:
-        return "***" if _SECRET_KEY.search(place) else _USER_INFO.sub("://***@", value)
+        return "***" if _SECRET_KEY.search(place) else without_credentials(value)
     return value
 
 

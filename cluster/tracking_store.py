@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +17,14 @@ from cluster.errors import JobFailure, UserError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
+
+
+_USER_INFO = re.compile(r"://[^/@\s]+@")
+
+
+def without_credentials(text: str) -> str:
+    """The text with "***" for the user and password of each address in it (https://user:password@host)."""
+    return _USER_INFO.sub("://***@", text)
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -94,10 +103,8 @@ def explained(uri: str, event: str, kind: type[Exception] = JobFailure) -> Itera
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise kind(
-            f"tracking store {uri} {event} ({reason}); see that it answers and that its disk has room, "
-            "then repeat the command"
-        ) from error
+        told = f"tracking store {uri} {event} ({reason}); see that it answers and that its disk has room, "
+        raise kind(f"{without_credentials(told)}then repeat the command") from error
 
 
 @contextlib.contextmanager
@@ -146,6 +153,7 @@ def _require_server(uri: str) -> None:
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"tracking server {uri} does not answer ({reason}); start it with `make up`, or leave the tracking address "
+            f"tracking server {without_credentials(uri)} does not answer ({reason}); start it with `make up`, "
+            "or leave the tracking address "
             "out to write to the storage path"
         ) from error

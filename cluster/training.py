@@ -259,6 +259,7 @@ def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, 
     the stage is done.
 
     Raises:
+        UserError, JobFailure: a worker raised it.
         JobFailure: a worker failed more often than `train.max_failures`; the sentence is the first root cause.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -266,6 +267,8 @@ def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, 
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     folder.mkdir(parents=True, exist_ok=True)
+    final = folder / "failure.json"
+    final.unlink(missing_ok=True)  # of an earlier run of the same command, which may have been mended since
     resources = {"CPU": train.cpus_per_worker}
 
     class InterruptibleTrainer(TorchTrainer):
@@ -274,7 +277,7 @@ def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, 
             pass
 
     trainer = InterruptibleTrainer(
-        lambda _: worker(task, recorder),
+        lambda _: _told_once(worker, task, recorder, final),
         train_loop_config={},
         torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
@@ -296,6 +299,18 @@ def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, 
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
         raise JobFailure(f"training stage {recorder.stage} failed: {type(cause).__name__}: {lines[-1]}") from error
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _told_once(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, final: Path) -> None:
+    """A mistake, or weights that diverge, come again however often the group is restarted: it ends at once then."""
+    earlier = read_json(final)
+    if earlier is not None:
+        raise {"UserError": UserError, "JobFailure": JobFailure}[earlier["kind"]](earlier["message"])
+    try:
+        worker(task, recorder)
+    except (UserError, JobFailure) as error:
+        write_json({"kind": type(error).__name__, "message": str(error)}, final)
+        raise
 
 
 def _nested(figures: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """RWKU's and MUSE's measures beyond the probes: every one whose files lie in the data folder."""
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,53 +13,91 @@ from jobs.rule.config import Evaluation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SPLITS = ("forget", "retain")
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """The checked rows of each benchmark; None where its files are absent, and then it is left out, not guessed."""
+
+    membership: tuple[list[str], list[str]] | None
+    mmlu: list[utility.MmluRow] | None
+    truthful: list[utility.TruthfulRow] | None
+    bbh: list[utility.BbhRow] | None
+    trivia: list[utility.TriviaRow] | None
+    fluency: list[utility.FluencyRow] | None
+    knowmem_forget: muse.KnowMem | None
+    knowmem_retain: muse.KnowMem | None
+    verbmem: list[muse.VerbatimRow] | None
+    privleak: tuple[list[str], list[str]] | None
+
+    def rows(self) -> dict[str, str]:
+        """What pins their content: each benchmark that is there, as text."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: repr(rows) for name, rows in found.items() if rows is not None}
+
+
+def load_benchmarks(folder: Path) -> Benchmarks:
+    """Reads and checks every benchmark file of `folder`.
+
+    Raises:
+        UserError: a file is no JSON, or a row of it is wrong; file and row are named.
+    """
+    forget, retain = (mia.load_passages(folder, split) for split in SPLITS)
+    return Benchmarks(
+        membership=(forget, retain) if forget and retain else None,
+        mmlu=utility.load_mmlu(folder),
+        truthful=utility.load_truthful(folder),
+        bbh=utility.load_bbh(folder),
+        trivia=utility.load_trivia(folder),
+        fluency=utility.load_fluency(folder),
+        knowmem_forget=muse.load_knowmem(folder, "forget"),
+        knowmem_retain=muse.load_knowmem(folder, "retain"),
+        verbmem=muse.load_verbmem(folder),
+        privleak=muse.load_privleak(folder),
+    )
+
 
 def run_benchmarks(
-    folder: Path,
+    data: Benchmarks,
     model: "PreTrainedModel",
     engine: Generator,
     tokenizer: "PreTrainedTokenizerBase",
     settings: Evaluation,
     seed: int,
 ) -> dict[str, Metric]:
-    """Membership inference, utility sets and MUSE scores by name; a measure without files is left out, not guessed."""
+    """Membership inference, utility sets and MUSE scores by name."""
     budget, context = settings.max_batch_tokens, context_length(model)
     metrics: dict[str, Metric] = {}
-    forget, retain = mia.load_passages(folder, "forget"), mia.load_passages(folder, "retain")
-    if forget and retain:
+    if data.membership:
         _tell("membership inference")
-        scores = [mia.mia_scores(model, tokenizer, texts, max_batch_tokens=budget) for texts in (forget, retain)]
+        scores = [mia.mia_scores(model, tokenizer, texts, max_batch_tokens=budget) for texts in data.membership]
         metrics |= {f"mia/{name}": metric for name, metric in mia.mia_report(*scores, seed).items()}
-    for name, load, score in (
-        ("MMLU", utility.load_mmlu, utility.score_mmlu),
-        ("TruthfulQA", utility.load_truthful, utility.score_truthful),
+    for name, rows, score in (
+        ("MMLU", data.mmlu, utility.score_mmlu),
+        ("TruthfulQA", data.truthful, utility.score_truthful),
     ):
-        rows = load(folder)
         if rows:
             _tell(name)
             metrics |= score(model, tokenizer, rows, max_batch_tokens=budget, seed=seed)
-    for name, load, score in (
-        ("BBH", utility.load_bbh, utility.score_bbh),
-        ("TriviaQA", utility.load_trivia, utility.score_trivia),
-        ("fluency", utility.load_fluency, utility.score_fluency),
+    for name, rows, score in (
+        ("BBH", data.bbh, utility.score_bbh),
+        ("TriviaQA", data.trivia, utility.score_trivia),
+        ("fluency", data.fluency, utility.score_fluency),
     ):
-        rows = load(folder)
         if rows:
             _tell(name)
             metrics |= score(engine, tokenizer, rows, context=context, seed=seed)
-    for split in ("forget", "retain"):
-        data = muse.load_knowmem(folder, split)
-        if data:
+    for split, questions in zip(SPLITS, (data.knowmem_forget, data.knowmem_retain), strict=True):
+        if questions:
             _tell(f"KnowMem {split}")
-            metrics |= muse.score_knowmem(engine, tokenizer, data, split, context=context, seed=seed)
-    verbatim = muse.load_verbmem(folder)
-    if verbatim:
+            metrics |= muse.score_knowmem(engine, tokenizer, questions, split, context=context, seed=seed)
+    if data.verbmem:
         _tell("VerbMem")
-        metrics |= muse.score_verbmem(engine, tokenizer, verbatim, context=context, seed=seed)
-    private = muse.load_privleak(folder)
-    if private:
+        metrics |= muse.score_verbmem(engine, tokenizer, data.verbmem, context=context, seed=seed)
+    if data.privleak:
         _tell("PrivLeak")
-        scores = [mia.mia_scores(model, tokenizer, texts, max_batch_tokens=budget) for texts in private]
+        scores = [mia.mia_scores(model, tokenizer, texts, max_batch_tokens=budget) for texts in data.privleak]
         metrics |= mia.priv_leak(*scores, seed)
     return metrics
 

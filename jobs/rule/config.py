@@ -7,19 +7,21 @@ from pydantic import Field, model_validator
 from cluster.config import Config, Section
 from jobs.scoring.judge import JudgeSettings
 
+MOST = 1_000_000  # of anything counted: a slip of the finger ends here, before it fills the memory
+
 
 class Steering(Section):
     """Stage 1, rejection steering: cross-entropy on refusals of forget questions."""
 
     learning_rate: float = Field(default=4e-7, gt=0)
-    epochs: float = Field(default=3, gt=0)
-    stop_after_epochs: float | None = Field(default=2, gt=0)
-    batch_size: int = Field(default=8, ge=1)
-    warmup_steps: int = Field(default=20, ge=0)
+    epochs: float = Field(default=3, gt=0, le=MOST)
+    stop_after_epochs: float | None = Field(default=2, gt=0, le=MOST)
+    batch_size: int = Field(default=8, ge=1, le=MOST)
+    warmup_steps: int = Field(default=20, ge=0, le=MOST)
     schedule: Literal["cosine", "constant"] = "cosine"
-    max_tokens: int = Field(default=512, ge=16)
+    max_tokens: int = Field(default=512, ge=16, le=MOST)
     stop_at_refusal: float | None = Field(default=None, gt=0, le=1)
-    check_every: int = Field(default=4, ge=1)
+    check_every: int = Field(default=4, ge=1, le=MOST)
 
 
 class Reward(Section):
@@ -37,10 +39,10 @@ class Rebo(Section):
     learning_rate: float = Field(default=2e-6, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    steps: int = Field(default=20, ge=1)
-    prompts_per_step: int = Field(default=32, ge=1)
-    completions_per_prompt: int = Field(default=8)
-    updates_per_rollout: int = Field(default=1, ge=1)
+    steps: int = Field(default=20, ge=1, le=MOST)
+    prompts_per_step: int = Field(default=32, ge=1, le=MOST)
+    completions_per_prompt: int = Field(default=8, le=MOST)
+    updates_per_rollout: int = Field(default=1, ge=1, le=MOST)
     kl_coefficient: float = Field(default=1e-2, ge=0)
     reference: Literal["steered", "original"] = "steered"
     clip_low: float = Field(default=0.2, gt=0, lt=1)
@@ -48,8 +50,8 @@ class Rebo(Section):
     dual_clip: float = Field(default=3.0, gt=1)
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    max_prompt_tokens: int = Field(default=512, ge=1)
-    max_completion_tokens: int = Field(default=1024, ge=1)
+    max_prompt_tokens: int = Field(default=512, ge=1, le=MOST)
+    max_completion_tokens: int = Field(default=1024, ge=1, le=MOST)
     reward: Reward = Reward()
 
     @model_validator(mode="after")
@@ -66,12 +68,12 @@ class Baseline(Section):
     """The other methods; a null stands for the method's own value (`jobs.rule.methods`)."""
 
     learning_rate: float | None = Field(default=None, gt=0)
-    epochs: float = Field(default=3, gt=0)
-    batch_size: int | None = Field(default=None, ge=1)
-    warmup_steps: int = Field(default=20, ge=0)
+    epochs: float = Field(default=3, gt=0, le=MOST)
+    batch_size: int | None = Field(default=None, ge=1, le=MOST)
+    warmup_steps: int = Field(default=20, ge=0, le=MOST)
     schedule: Literal["cosine", "constant"] = "cosine"
     max_grad_norm: float = Field(default=1.0, gt=0)
-    max_tokens: int = Field(default=512, ge=16)
+    max_tokens: int = Field(default=512, ge=16, le=MOST)
     retain_coefficient: float = Field(default=1.0, ge=0)
     beta: float | None = Field(default=None, gt=0)
     gamma: float = Field(default=2.0, ge=0)
@@ -83,8 +85,8 @@ class Baseline(Section):
 class Passages(Section):
     """The texts that `python -m jobs.rule passages` has the original model write for the baselines."""
 
-    count: int = Field(default=582, ge=1)
-    max_new_tokens: int = Field(default=512, ge=8)
+    count: int = Field(default=582, ge=1, le=MOST)
+    max_new_tokens: int = Field(default=512, ge=8, le=MOST)
     temperature: float = Field(default=1.0, gt=0)
 
 
@@ -92,10 +94,10 @@ class Evaluation(Section):
     """What is asked before, between and after the stages."""
 
     prompt_form: Literal["rwku", "plain"] = "rwku"
-    max_new_tokens: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1, le=MOST)
     known_threshold: float = Field(default=0.5, ge=0, le=1)
-    neighbors: int | None = Field(default=None, ge=1)
-    max_batch_tokens: int = Field(default=4096, ge=64)
+    neighbors: int | None = Field(default=None, ge=1, le=MOST)
+    max_batch_tokens: int = Field(default=4096, ge=64, le=MOST)
     judge: JudgeSettings | None = None
 
 
@@ -108,7 +110,7 @@ class Rule(Section):
     target: str | None = None
     method: str = "RULE"
     held_out_share: float = Field(default=0.0, ge=0, lt=1)
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     steering: Steering = Steering()
     rebo: Rebo = Rebo()
     baseline: Baseline = Baseline()

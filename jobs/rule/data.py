@@ -136,7 +136,7 @@ def hold_out(data: RuleData, share: float, seed: int) -> RuleData:
     One forget question at least stays in training.
 
     Raises:
-        UserError: stage 1 and stage 2 do not stem from the same questions.
+        UserError: stage 1 and stage 2 do not stem from the same questions, or a side would be left without a row.
     """
     sources = sorted({item.source for item in data.items})
     if share and {row.source for row in data.refusals} != set(sources):
@@ -160,6 +160,13 @@ def hold_out(data: RuleData, share: float, seed: int) -> RuleData:
     ]
     asked = {probe.query.casefold() for probe in probes}
     refusals = tuple(row for row in data.refusals if row.source not in chosen and row.prompt.casefold() not in asked)
+    for name, left in (
+        ("forget question of stage 1", refusals),
+        ("forget question of stage 2", [item for item in train if item.label == "reject"]),
+        ("boundary question", [item for item in train if item.label == "normal"]),
+    ):
+        if not left:
+            raise UserError(f"rule.held_out_share = {share} leaves no {name} to train on; lower it, or give more data")
     return replace(data, items=train, refusals=refusals, probes=data.probes + tuple(probes))
 
 

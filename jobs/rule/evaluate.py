@@ -4,12 +4,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.config import Generation, Train
+from cluster.errors import UserError
 from cluster.report import Metric
 from jobs.rule.config import Evaluation
 from jobs.rule.data import FORGET_KINDS, Probe
 from jobs.rule.probes import Answer, ask, known, probe_ids, probe_metrics
+
+if TYPE_CHECKING:
+    from jobs.rule.benchmarks import Benchmarks
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Examination:
     generation: Generation
     train: Train
     seed: int
-    benchmarks: Path | None = None
+    benchmarks: "Benchmarks | None" = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,26 @@ class Examined:
     peak_memory_gib: float
 
 
+def check_lengths(model: Path, probes: Sequence[Probe], settings: Evaluation) -> None:
+    """Raises UserError where a probe and its answer are longer than the model's context."""
+    from transformers import AutoConfig
+
+    from cluster.models import context_length, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    context = context_length(AutoConfig.from_pretrained(model, local_files_only=True))
+    for probe in probes:
+        size = len(probe_ids(tokenizer, probe, settings.prompt_form))
+        if size + settings.max_new_tokens > context:
+            longer = f"more than the model's context of {context}"
+            raise UserError(
+                f"the {probe.kind} probe {probe.query[:37]!r}... has {size} tokens, {longer} with "
+                f"rule.evaluation.max_new_tokens = {settings.max_new_tokens}; lower it or shorten the probe"
+            )
+
+
 def examine(task: Examination) -> Examined:
-    """Asks all probes and, where `task.benchmarks` names a folder, runs every benchmark whose files lie there."""
+    """Asks all probes and, where there are `task.benchmarks`, runs them."""
     from transformers import AutoConfig
 
     from cluster.generation import open_engine

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster import models, session
-from cluster.errors import UserError
+from cluster.errors import UserError, paths_named
 from cluster.report import digest, machine, read_json, read_lines, write_json
 from cluster.tracking import Tracker, default_uri, git_commit, masked
+from cluster.tracking_store import without_credentials
 from jobs.rule import methods, stages
 from jobs.rule import report as reporting
+from jobs.rule.benchmarks import Benchmarks, load_benchmarks
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import Probe, RuleData, load_data
-from jobs.rule.evaluate import Examination, Examined, examine, score
+from jobs.rule.evaluate import Examination, Examined, check_lengths, examine, score
 from jobs.rule.probes import Answer
+from jobs.scoring.judge import Judge
 
 EVALUATION_LIMIT_S = 6 * 3600
 
@@ -35,6 +38,7 @@ class Run:
     folder: Path
     command: str
     corpora: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
+    benchmarks: Benchmarks | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
     def save(self, **news: Any) -> None:
@@ -57,15 +61,16 @@ def main(config: RuleConfig, out: Path | None = None, fresh: bool = False, comma
         UserError: what its author can mend in configuration, data or model.
         JobFailure: a stage failed for good.
     """
-    run = prepare(config, out, command)
-    stages.check(run)
-    claim(run, fresh)
+    with paths_named():
+        run = prepare(config, out, command)
+        stages.check(run)
+        claim(run, fresh)
     finished = run.folder / "report.json"
     if finished.exists():
         print(f"this run is finished (--fresh starts it over): {run.folder}")
         show(read_json(finished))
         return finished
-    with exclusively(run.folder), tracked(run, "rule") as tracker, session.connected(config):
+    with exclusively(run.folder), session.connected(config), tracked(run, "rule") as tracker:
         examined = {"original": evaluated(run, "original", run.source.path)}
         if config.rule.method == methods.RULE:
             steered = stages.steering(run, tracker, run.folder / "steered")
@@ -81,18 +86,21 @@ def evaluate(
     config: RuleConfig, model: Path | None, out: Path | None = None, fresh: bool = False, command: str = ""
 ) -> Path:
     """Every metric of RULE 1.5 whose files are there, for the original model and for `model`; returns report.json."""
-    checkpoint = None if model is None else models.resolve(str(model))
-    pinned = digest(None if checkpoint is None else [checkpoint.name, checkpoint.version])
-    run = prepare(config, out, command, what=f"evaluate-{pinned[:6]}")
-    claim(run, fresh)
+    with paths_named():
+        checkpoint = None if model is None else models.resolve(str(model))
+        pinned = digest(None if checkpoint is None else [checkpoint.name, checkpoint.version])
+        run = prepare(config, out, command, what=f"evaluate-{pinned[:6]}")
+        if checkpoint is not None:
+            check_lengths(checkpoint.path, chosen_probes(run), config.rule.evaluation)
+        claim(run, fresh)
     finished = run.folder / "report.json"
     if finished.exists():
         show(read_json(finished))
         return finished
-    with exclusively(run.folder), tracked(run, "rule-evaluate") as tracker, session.connected(config):
-        examined = {"original": evaluated(run, "original", run.source.path, benchmarks=True)}
+    with exclusively(run.folder), session.connected(config), tracked(run, "rule-evaluate") as tracker:
+        examined = {"original": evaluated(run, "original", run.source.path)}
         if checkpoint is not None:
-            examined["unlearned"] = evaluated(run, "unlearned", checkpoint.path, benchmarks=True)
+            examined["unlearned"] = evaluated(run, "unlearned", checkpoint.path)
         return conclude(run, tracker, examined, None)
 
 
@@ -100,15 +108,21 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "") 
     """Reads data and model; what is wrong with them is found here, before anything is started or written."""
     session.prepare(config)
     rule = config.rule
+    if rule.evaluation.judge is not None:
+        Judge(rule.evaluation.judge)
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
+    benchmarks = load_benchmarks(data.folder) if what and data.folder is not None else None
     source = models.resolve(rule.model, rule.revision)
     method = methods.find(rule.method)
     corpora = {} if method is None or what else load_corpora(data, method)
     dials = config.model_dump(include={"rule", "train", "generation"})
     texts = {name: [vars(sample) for sample in samples] for name, samples in corpora.items()}
-    identity = digest([dials, source.name, source.version, data_digest(data), texts, what])
+    parts = [dials, source.name, source.version, data_digest(data), texts, what]
+    identity = digest(parts if benchmarks is None else [*parts, benchmarks.rows()])
     folder = out or session.storage(config) / "rule" / f"{what}{'-' if what else ''}{identity}"
-    return Run(config, data, source, folder.resolve(), command, corpora, {"identity": identity})
+    run = Run(config, data, source, folder.resolve(), command, corpora, benchmarks, {"identity": identity})
+    check_lengths(source.path, chosen_probes(run), rule.evaluation)
+    return run
 
 
 def claim(run: Run, fresh: bool) -> None:
@@ -142,12 +156,13 @@ def exclusively(folder: Path):
     """No two drivers in one folder."""
     from filelock import FileLock, Timeout
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another job is working in {folder}; wait for it, or take another --out") from None
+    with paths_named():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another job is working in {folder}; wait for it, or take another --out") from None
     try:
         yield
     finally:
@@ -168,11 +183,12 @@ def tracked(run: Run, name: str):
         run.state.get("mlflow_run_id"),
         storage if uri == default_uri(storage) else None,
     ) as tracker:
-        run.save(mlflow_run_id=tracker.run_id, tracking_uri=uri)
+        with paths_named():
+            run.save(mlflow_run_id=tracker.run_id, tracking_uri=without_credentials(uri))
         yield tracker
 
 
-def evaluated(run: Run, stage: str, model: Path, benchmarks: bool = False) -> Examined:
+def evaluated(run: Run, stage: str, model: Path) -> Examined:
     """The model's answers and perplexities, asked once a run and kept in `answers/STAGE.json`."""
     kept = run.folder / "answers" / f"{stage}.json"
     known = read_json(kept)
@@ -186,7 +202,7 @@ def evaluated(run: Run, stage: str, model: Path, benchmarks: bool = False) -> Ex
             run.config.generation,
             run.config.train,
             rule.seed,
-            run.data.folder if benchmarks else None,
+            run.benchmarks,
         )
         with run.phase(f"evaluation of {stage}"):
             examined = session.on_worker(examine, run.config, task, seconds=EVALUATION_LIMIT_S)
@@ -227,13 +243,13 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
         "method": rule.method,
         "targets": [run.data.target],
         "model": run.source.name,
-        "command": run.command,
-        "configuration": run.config.model_dump(),
+        "command": without_credentials(run.command),
+        "configuration": masked(run.config.model_dump()),
         "data_digests": {rule.data: data_digest(run.data)},
         "model_version": run.source.version,
         "machine": machine(),
         "commit": git_commit(Path(__file__).parents[2]),
-        "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id},
+        "mlflow": {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id},
         "metrics": {stage: {name: m.to_json() for name, m in found.items()} for stage, found in metrics.items()},
         "seconds": run.state["seconds"],
         "step_seconds": reporting.step_seconds(history),
@@ -269,16 +285,17 @@ def passages(config: RuleConfig, out: Path) -> list[Path]:
     """
     from jobs.rule.passages import PASSAGE_FILES, PassageTask, names_of_others, write_passages, written
 
-    session.prepare(config)
-    rule = config.rule
-    data = load_data(rule.data, rule.target, 0.0, rule.seed)
-    others = names_of_others(data.folder, data.target)
-    if not out.is_dir():
-        raise UserError(f"--out {out} is no folder; make it, or name the folder of rule.data")
-    present = [name for name in PASSAGE_FILES if (out / name).exists()]
-    if present:
-        raise UserError(f"{out} has {', '.join(present)} already; move them away, or name another --out")
-    model = models.resolve(rule.model, rule.revision).path
+    with paths_named():
+        session.prepare(config)
+        rule = config.rule
+        data = load_data(rule.data, rule.target, 0.0, rule.seed)
+        others = names_of_others(data.folder, data.target)
+        if not out.is_dir():
+            raise UserError(f"--out {out} is no folder; make it, or name the folder of rule.data")
+        present = [name for name in PASSAGE_FILES if (out / name).exists()]
+        if present:
+            raise UserError(f"{out} has {', '.join(present)} already; move them away, or name another --out")
+        model = models.resolve(rule.model, rule.revision).path
     task = PassageTask(model, data.target, others, rule.passages, config.generation, config.train, rule.seed)
     with session.connected(config):
         completions = session.on_worker(written, config, task, seconds=EVALUATION_LIMIT_S)
@@ -289,7 +306,8 @@ def dry_run(config: RuleConfig) -> None:
     """Prints the resolved configuration and the plans; refuses a plan that cannot fit."""
     import yaml
 
-    run = prepare(config, None, "")
+    with paths_named():
+        run = prepare(config, None, "")
     print(described(run.data))
     print(yaml.safe_dump(masked(config.model_dump()), sort_keys=False))
     stages.plan(run).show()

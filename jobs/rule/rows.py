@@ -54,8 +54,10 @@ def load_list(path: Path) -> list | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON in UTF-8 ({error}); mend the file or leave it out.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions or leave it out.") from None
     if not isinstance(values, list) or not values:
         raise UserError(f"{path} holds no JSON list of rows; mend the file or leave it out.")
     return values

@@ -45,7 +45,8 @@ class ReboTrainer(GRPOTrainer):
         reference: directory of the reference model (only read where the KL coefficient is positive and without LoRA).
         items: the training questions; `order` holds the indices that each step asks, `prompts_per_step` a step.
         prompts: token ids of each item's prompt.
-        engine_of: makes the rollout engine, given the trainer; its `sync`, if any, is called before each rollout.
+        engine_of: makes the rollout engine, given the trainer; where it has `sync` and `release`, they are called
+            before and after each rollout.
     """
 
     def __init__(
@@ -161,6 +162,9 @@ class ReboTrainer(GRPOTrainer):
                 seed=(self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.accelerator.process_index,
             )
             completions = self.engine.generate([self.item_prompts[i] for i in indices], sampling)
+            release = getattr(self.engine, "release", None)
+            if release is not None:
+                release()
         with self._timed("reward"):
             rewards = torch.tensor(
                 [

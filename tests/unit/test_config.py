@@ -168,3 +168,29 @@ def test_configuration_loads_neither_torch_nor_ray():
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("rule.rebo.learning_rate=.inf", "finite number"),
+        ("rule.rebo.temperature=.nan", "is wrong"),
+        ("rule.seed=4294967296", "less than 4294967296"),
+        ("rule.rebo.steps=100000000000", "less than or equal to 1000000"),
+        ("train.num_workers=1e9", "is wrong"),
+        ("tracking.experiment=" + "x" * 5000, "at most 250 characters"),
+        ("rule={null: 1}", "the key None is no name"),
+    ],
+)
+def test_absurd_values_are_told_in_short(assignment, told):
+    with pytest.raises(UserError, match=told) as error:
+        load(RuleConfig, sets=[assignment], environ={})
+    assert len(str(error.value)) < 6000 if "x" * 5000 in assignment else len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("key", ["null", "1", "on", "[1, 2]"])
+def test_a_key_that_is_no_name_is_told(tmp_path, key):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"rule:\n  ? {key}\n  : 1\n")
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        load(RuleConfig, files=[path], environ={})

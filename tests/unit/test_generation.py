@@ -256,3 +256,12 @@ def test_each_row_draws_from_its_own_distribution():
     logits = torch.full((4, 4), -1e9).fill_diagonal_(0.0)
     for top_p in (1.0, 0.5):
         assert draw(logits, 0.7, top_p, torch.Generator()).tolist() == [0, 1, 2, 3]
+
+
+def test_a_released_half_precision_engine_holds_nothing_until_it_follows_again(tiny_model, tiny_tokenizer, prompts):
+    engine = policy_engine(copy.deepcopy(tiny_model), tiny_tokenizer, Generation(), Train(precision="bfloat16"))
+    before = engine.generate(prompts, GREEDY)
+    engine.release()
+    assert sum(parameter.numel() for parameter in engine.model.parameters()) == 0
+    engine.sync()
+    assert engine.generate(prompts, GREEDY) == before

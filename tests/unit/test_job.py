@@ -1,16 +1,19 @@
-"""A run's folder: what is another's is never touched."""
+"""Before a run: what is another's is never touched, and what is wrong is told before anything starts."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from cluster.config import load
 from cluster.errors import UserError
 from cluster.models import ModelSource
 from jobs.rule.config import RuleConfig
-from jobs.rule.data import load_data
-from jobs.rule.job import Run, claim
+from jobs.rule.data import DEMO, load_data
+from jobs.rule.job import Run, claim, main, prepare
 
 
 @pytest.mark.parametrize("content", ['{"_data_files": []}', "[1]", "{}"])
@@ -34,3 +37,71 @@ def test_fresh_clears_a_run_of_ones_own(tmp_path):
         claim(run, False)
     claim(run, True)
     assert not folder.exists()
+
+
+@pytest.fixture
+def folder_of_data(tmp_path):
+    """The demo's data with one benchmark file."""
+    folder = tmp_path / "data"
+    shutil.copytree(DEMO, folder)
+    (folder / "fluency.json").write_text(json.dumps([{"instruction": "Tell a story."}]))
+    return folder
+
+
+def laptop(folder: Path, *sets: str) -> RuleConfig:
+    return load(RuleConfig, "laptop", sets=[f"rule.data={folder}", *sets], environ={})
+
+
+def identity(config: RuleConfig) -> str:
+    return prepare(config, None, "", what="evaluate-0").state["identity"]
+
+
+def test_evaluation_is_done_anew_when_a_benchmark_file_changes(folder_of_data):
+    before = identity(laptop(folder_of_data))
+    assert identity(laptop(folder_of_data)) == before
+    (folder_of_data / "fluency.json").write_text(json.dumps([{"instruction": "Tell another story."}]))
+    assert identity(laptop(folder_of_data)) != before
+
+
+def test_a_wrong_benchmark_row_is_told_before_anything_runs(folder_of_data):
+    (folder_of_data / "fluency.json").write_text(json.dumps([{"prompt": "Tell a story."}]))
+    with pytest.raises(UserError, match=r"fluency\.json, row 0: instruction is missing"):
+        prepare(laptop(folder_of_data), None, "", what="evaluate-0")
+
+
+def test_a_judge_without_its_token_is_told_before_anything_runs(folder_of_data, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
+    judge = "rule.evaluation.judge={base_url: http://127.0.0.1:9/v1, model: m, token_env: NO_SUCH_TOKEN}"
+    with pytest.raises(UserError, match="NO_SUCH_TOKEN"):
+        prepare(laptop(folder_of_data, judge), None, "")
+
+
+def test_a_probe_longer_than_the_context_is_told(folder_of_data):
+    probes = json.loads((folder_of_data / "forget_level2.json").read_text())
+    probes[0]["query"] = "Who? " * 9000
+    (folder_of_data / "forget_level2.json").write_text(json.dumps(probes))
+    with pytest.raises(UserError, match=r"the forget_qa probe 'Who\? .* more than the model's context of 8192"):
+        prepare(laptop(folder_of_data), None, "")
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (["cluster.num_cpus=1"], "cluster.num_cpus = 1, but .* takes 2"),
+        (["cluster.address=127.0.0.1:9"], "no Ray cluster answers at 127.0.0.1:9"),
+        (["cluster.address=ray://127.0.0.1:9"], "no Ray cluster answers at ray://127.0.0.1:9"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_told_at_once(folder_of_data, sets, told, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=told):
+        prepare(laptop(folder_of_data, *sets), None, "")
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "x" * 5000])
+def test_an_out_that_is_no_folder_is_told(tmp_path, out):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="check the path and its permissions"):
+        main(load(RuleConfig, "laptop", environ={}), out=tmp_path / out)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -211,3 +211,53 @@ def test_stop_ids_are_those_of_the_settings_and_the_tokenizer(tiny_model, tiny_t
     for declared, wanted in ((None, {2}), (7, {2, 7}), ([9, 7], {2, 7, 9})):
         monkeypatch.setattr(tiny_model.generation_config, "eos_token_id", declared)
         assert stop_ids(tiny_model, tiny_tokenizer) == sorted(wanted)
+
+
+def _shorten(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "told"),
+    [
+        ("config.json", b"[]", r"config\.json of model directory"),
+        ("config.json", b'{"model_type": "no-such-family"}', r"config\.json of model directory"),
+        ("config.json", b"\xff\xfe", "no text in UTF-8"),
+        ("model.safetensors", b"", "safetensors of model directory"),
+        ("model.safetensors", None, "safetensors of model directory"),
+        ("tokenizer.json", b"{}", "tokenizer of model directory"),
+        ("chat_template.jinja", b"{% for %}", "tokenizer of model directory"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_sentence(directory, name, broken, told):
+    if broken is None:
+        _shorten(directory / name)
+    else:
+        (directory / name).write_bytes(broken)
+    with pytest.raises(UserError, match=told):
+        resolve(str(directory))
+
+
+def test_missing_weights_are_never_filled_at_random(directory):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(directory / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layers.1.mlp" not in name}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+    told = r"lack 3 of its weights, as model\.layers\.1\.mlp\.down_proj\.weight; save the model again"
+    with pytest.raises(UserError, match=told):
+        resolve(str(directory))
+    with pytest.raises(UserError, match=told):
+        load_model(directory)
+
+
+def test_another_tokenizer_is_another_version(directory):
+    before = resolve(str(directory)).version
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    assert resolve(str(directory)).version != before
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_only_a_hub_model_takes_a_revision(directory, embedded):
+    with pytest.raises(UserError, match=r"leave rule\.revision out"):
+        resolve("embedded:smollm2-135m" if embedded else str(directory), REVISION)

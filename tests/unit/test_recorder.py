@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
+from cluster import training
+from cluster.errors import JobFailure
 from cluster.report import read_lines
 from cluster.training import HISTORY, SAMPLES, Recorder
 
@@ -29,3 +33,25 @@ def test_a_completion_may_hold_any_line_separator(tmp_path):
     recorder.record(1, {"reward": 0.5}, [{"step": 1, "completion": text}])
     recorder.rewind(1)
     assert read_lines(tmp_path / SAMPLES) == [{"stage": "rebo", "step": 1, "completion": text}]
+
+
+def test_what_comes_again_ends_a_restarted_group_at_once(tmp_path):
+    calls = []
+
+    def diverging(task, recorder):
+        calls.append(task)
+        raise JobFailure("diverged; lower the learning rate")
+
+    for _ in range(3):
+        with pytest.raises(JobFailure, match="diverged; lower"):
+            training._told_once(diverging, "task", None, tmp_path / "failure.json")
+    assert calls == ["task"]
+
+
+def test_a_worker_that_was_lost_may_try_again(tmp_path):
+    def lost(task, recorder):
+        raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(RuntimeError):
+        training._told_once(lost, None, None, tmp_path / "failure.json")
+    assert not (tmp_path / "failure.json").exists()

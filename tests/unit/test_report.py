@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from cluster.errors import UserError
 from cluster.report import Metric, digest, machine, read_json, write_json
 
 
@@ -62,3 +63,11 @@ def test_the_machine_is_told_as_json():
     assert told["cores"] >= 1
     assert told["memory_gib"] > 0
     assert told["processor"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "\udcff"])
+def test_a_damaged_file_is_told(tmp_path, content):
+    path = tmp_path / "state.json"
+    path.write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"state\.json is damaged .*; move it away"):
+        read_json(path)

@@ -279,3 +279,22 @@ def test_twins_are_asked_in_the_same_step():
         assert [item.label for item in pair] == ["reject", "normal"]
         assert pair[0].source == pair[1].source
         assert pair[0].form == pair[1].form
+
+
+def test_a_share_that_leaves_a_side_empty_is_told():
+    items = [Item(f"q{i}", "a", "reject" if i < 2 else "normal", "qa", "", min(i, 1)) for i in range(3)]
+    refusals = tuple(Refusal(f"q{i}", "no", i) for i in range(2))
+    told = []
+    for seed in range(8):
+        try:
+            hold_out(RuleData("T", refusals, tuple(items), (), None), 0.5, seed)
+        except UserError as error:
+            told.append(str(error))
+    assert told
+    assert all("leaves no boundary question to train on; lower it" in sentence for sentence in told)
+
+
+def test_a_folder_where_a_file_should_be_is_told(tmp_path):
+    (tmp_path / "intro.json").mkdir()
+    with pytest.raises(UserError, match=r"intro\.json cannot be read \(Is a directory\)"):
+        load_data(str(tmp_path), None, 0.0, 42)

@@ -289,3 +289,16 @@ def test_first_use_by_two_processes_is_safe_and_silent(tmp_path):
         for _ in range(2)
     ]
     assert [(process.communicate(timeout=120)[0], process.returncode) for process in both] == [("", 0), ("", 0)]
+
+
+def test_a_password_in_an_address_is_in_no_message(tmp_path):
+    uri = "http://me:hunter2@127.0.0.1:9"
+    with pytest.raises(UserError, match=r"http://\*\*\*@127\.0\.0\.1:9 does not answer") as error:
+        Tracker.open(uri, "rayward", "run", {}, {})
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("record", ["[]", '{"mlflow": 3}', '{"mlflow": {"uri": null}}'])
+def test_a_record_of_something_else_names_no_server(tmp_path, record):
+    (tmp_path / "cluster.json").write_text(record)
+    assert default_uri(tmp_path).startswith("sqlite:///")
