@@ -6,9 +6,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help env demo test doctor up down lint lock
 
-# RAYWARD_LOCK=cpu|gpu overrides what the machine says.
+# RAYWARD_LOCK=cpu|gpu decides; without it what is installed stays, and a first time takes what the machine has.
 ifndef RAYWARD_LOCK
-RAYWARD_LOCK := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+RAYWARD_LOCK := $(shell cat .venv/installed.kind 2>/dev/null || { nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu; })
 endif
 PYTHON ?= python3.11
 RUN := .venv/bin/python

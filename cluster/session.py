@@ -69,7 +69,8 @@ def connected(config: Config) -> Iterator[None]:
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": True, "configure_logging": False}
     if address is None:
         cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, demanded)
-        options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
+        # Its dashboard would take the port of `make up`, and nobody has the token for it.
+        options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "include_dashboard": False}
     try:
         ray.init(address=address or "local", **options)
     except (ConnectionError, ValueError) as error:

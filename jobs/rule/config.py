@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cluster.config import Config, Section
+from jobs.scoring.entailment import EntailmentSettings
 from jobs.scoring.judge import JudgeSettings
 
 MOST = 1_000_000  # of anything counted: a slip of the finger ends here, before it fills the memory
@@ -98,6 +99,7 @@ class Evaluation(Section):
     known_threshold: float = Field(default=0.5, ge=0, le=1)
     neighbors: int | None = Field(default=None, ge=1, le=MOST)
     max_batch_tokens: int = Field(default=4096, ge=64, le=MOST)
+    entailment: EntailmentSettings | None = None
     judge: JudgeSettings | None = None
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ from cluster.errors import UserError
 from cluster.report import Metric
 from jobs.rule.config import Evaluation
 from jobs.rule.data import FORGET_KINDS, Probe
-from jobs.rule.probes import Answer, ask, known, probe_ids, probe_metrics
+from jobs.rule.probes import Answer, ask, known, probe_ids, probe_metrics, statements
+from jobs.scoring.entailment import Entailment
 
 if TYPE_CHECKING:
     from jobs.rule.benchmarks import Benchmarks
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Examination:
-    """What is asked of which model; `original` is the model before unlearning, for perplexities."""
+    """What is asked of which model; `original` is the model before unlearning, for perplexities.
+
+    `entailment` is the directory of the model that says which answers of the original one are right, too.
+    """
 
     model: Path
     original: Path
@@ -29,6 +33,7 @@ class Examination:
     train: Train
     seed: int
     benchmarks: "Benchmarks | None" = None
+    entailment: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ def examine(task: Examination) -> Examined:
     answers = ask(engine, tokenizer, task.probes, task.settings, _progress)
     asked = [index for index, probe in enumerate(task.probes) if probe.kind in FORGET_KINDS]
     gpu = bool(task.train.gpus_per_worker)
+    if task.entailment is not None and task.model == task.original:
+        answers = _with_entailment(answers, task, "cuda" if gpu else "cpu")
 
     def scoring_model(path: Path):
         return load_model(path, task.train.precision if gpu else "float32").to("cuda" if gpu else "cpu")
@@ -99,6 +106,12 @@ def examine(task: Examination) -> Examined:
         model = original if task.model == task.original else scoring_model(task.model)
         benchmarks = run_benchmarks(task.benchmarks, model, engine, tokenizer, task.settings, task.seed)
     return Examined(answers, fluency, benchmarks, time.perf_counter() - start, peak_memory_gib())
+
+
+def _with_entailment(answers: list[Answer], task: Examination, device: str) -> list[Answer]:
+    entailment = Entailment(task.entailment, task.settings.entailment, device)
+    entailed = entailment.entails([statements(answer) for answer in answers])
+    return [replace(answer, entailed=value) for answer, value in zip(answers, entailed, strict=True)]
 
 
 def score(

@@ -23,6 +23,7 @@ from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import Probe, RuleData, load_data
 from jobs.rule.evaluate import Examination, Examined, check_lengths, examine, score
 from jobs.rule.probes import Answer
+from jobs.scoring.entailment import resolve_entailment
 from jobs.scoring.judge import Judge
 
 EVALUATION_LIMIT_S = 6 * 3600
@@ -39,6 +40,7 @@ class Run:
     command: str
     corpora: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
     benchmarks: Benchmarks | None = None
+    entailment: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
     def save(self, **news: Any) -> None:
@@ -117,10 +119,15 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "") 
     corpora = {} if method is None or what else load_corpora(data, method)
     dials = config.model_dump(include={"rule", "train", "generation"})
     texts = {name: [vars(sample) for sample in samples] for name, samples in corpora.items()}
+    nli = rule.evaluation.entailment and resolve_entailment(rule.evaluation.entailment, "rule.evaluation.entailment")
     parts = [dials, source.name, source.version, data_digest(data), texts, what]
-    identity = digest(parts if benchmarks is None else [*parts, benchmarks.rows()])
+    parts += [benchmarks.rows()] if benchmarks else []
+    parts += [nli.version] if nli else []
+    identity = digest(parts)
     folder = out or session.storage(config) / "rule" / f"{what}{'-' if what else ''}{identity}"
-    run = Run(config, data, source, folder.resolve(), command, corpora, benchmarks, {"identity": identity})
+    run = Run(
+        config, data, source, folder.resolve(), command, corpora, benchmarks, nli and nli.path, {"identity": identity}
+    )
     check_lengths(source.path, chosen_probes(run), rule.evaluation)
     return run
 
@@ -203,6 +210,7 @@ def evaluated(run: Run, stage: str, model: Path) -> Examined:
             run.config.train,
             rule.seed,
             run.benchmarks,
+            run.entailment,
         )
         with run.phase(f"evaluation of {stage}"):
             examined = session.on_worker(examine, run.config, task, seconds=EVALUATION_LIMIT_S)

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cluster.generation import shared_beginning
+from cluster.kv_cache import roomy_cache
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 # 2**25 float32 logits are 128 MiB; log-softmax and the moments hold a few copies of that.
 _LOGITS_AT_ONCE = 2**25
+# Tokens; fewer cost less in every sequence than a pass of their own.
+_WORTH_SHARING = 8
 
 
 @dataclass(frozen=True)
@@ -114,17 +119,27 @@ def _continuations(
 def _forward(
     model: PreTrainedModel, sequences: Sequence[list[int]], max_batch_tokens: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (rows, last hidden states (B, L, H)) of batches of similar length, longest first."""
+    """Yield (rows, last hidden states (B, L, H)) of batches of similar length, longest first.
+
+    What all sequences of a batch begin with (a chat template's opening, demonstrations) is computed once.
+    """
     decoder = model.get_decoder()
     for rows in _batches([len(sequence) for sequence in sequences], max_batch_tokens):
-        width = len(sequences[rows[0]])
+        batch = [sequences[row] for row in rows]
+        width, common = len(batch[0]), shared_beginning(batch) if len(batch) > 1 else 0
         # Padding stands on the right, where a causal model cannot see it; its token is therefore any valid one.
-        ids = torch.tensor([sequences[row] + [0] * (width - len(sequences[row])) for row in rows])
-        mask = torch.tensor([[1] * len(sequences[row]) + [0] * (width - len(sequences[row])) for row in rows])
-        output = decoder(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, return_dict=True
-        )
-        yield rows, output.last_hidden_state
+        ids = torch.tensor([sequence + [0] * (width - len(sequence)) for sequence in batch], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=model.device)
+        if common < _WORTH_SHARING:
+            yield rows, decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            continue
+        cache = roomy_cache(model.config, 0)
+        beginning = decoder(
+            input_ids=ids[:1, :common], attention_mask=mask[:1, :common], past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        cache.batch_repeat_interleave(len(batch))
+        own = decoder(input_ids=ids[:, common:], attention_mask=mask, past_key_values=cache, use_cache=True)
+        yield rows, torch.cat([beginning.expand(len(batch), -1, -1), own.last_hidden_state], dim=1)
 
 
 def _batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:

@@ -1,5 +1,6 @@
 """RULE's probes asked and scored: refusal by two detectors and ROUGE-L recall, for all probes and the known ones."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,13 +39,14 @@ AGGREGATES = {
 
 @dataclass(frozen=True)
 class Answer:
-    """A probe's completion and what the detectors and ROUGE-L say of it."""
+    """A probe's completion and what the detectors, ROUGE-L and, where one was asked, an entailment model say of it."""
 
     probe: Probe
     completion: str
     refusal: bool
     refusal_rule: bool
     rouge_l_recall: float
+    entailed: bool = False
 
     def to_json(self) -> dict:
         """The row of the samples table."""
@@ -92,10 +94,21 @@ def _judged(probe: Probe, text: str) -> Answer:
 
 
 def known(original: Sequence[Answer], threshold: float) -> list[bool]:
-    """The knowledge filter: which probes the original model answers, by ROUGE-L recall above `threshold`."""
+    """The knowledge filter: which probes the original answers, by ROUGE-L recall above `threshold` or by entailment."""
     return [
-        answer.rouge_l_recall > threshold and not answer.refusal and has_answer(answer.probe) for answer in original
+        (answer.rouge_l_recall > threshold or answer.entailed) and not answer.refusal and has_answer(answer.probe)
+        for answer in original
     ]
+
+
+def statements(answer: Answer) -> tuple[str, str]:
+    """(premise, hypothesis): what the answer states and what the true one does, each with its question."""
+    query = answer.probe.query
+    said, true = (
+        re.sub("_{2,}", lambda _, text=text: text, query) if "__" in query else f"{query} {text}"
+        for text in (answer.completion, answer.probe.answer)
+    )
+    return said, true
 
 
 def has_answer(probe: Probe) -> bool:

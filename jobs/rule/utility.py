@@ -167,8 +167,12 @@ def score_mmlu(
         prompts.append(fitted.sequences[0][:start])
         candidates.append([sequence[start] for sequence in fitted.sequences])
         truncated += fitted.truncated
-    logprobs = next_token_logprobs(model, prompts, candidates, max_batch_tokens)
-    hits = [int(values.argmax()) == row.answer for values, row in zip(logprobs, rows, strict=True)]
+    hits = []
+    for chosen in _by_task(rows):  # whose questions share their demonstrations
+        logprobs = next_token_logprobs(
+            model, [prompts[i] for i in chosen], [candidates[i] for i in chosen], max_batch_tokens
+        )
+        hits += [int(values.argmax()) == rows[i].answer for values, i in zip(logprobs, chosen, strict=True)]
     return {
         "mmlu/accuracy": percent(share_interval(hits, seed)),
         "mmlu/truncated": count(truncated, len(rows), seed),
@@ -330,6 +334,13 @@ def ngram_entropy(text: str) -> float:
         total = frequencies.total()
         entropies.append(-sum(f / total * math.log2(f / total) for f in frequencies.values()))
     return (2 / 3 * entropies[0] + 4 / 3 * entropies[1]) / 2
+
+
+def _by_task(rows: Sequence[MmluRow]) -> list[list[int]]:
+    tasks: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        tasks.setdefault(row.task, []).append(index)
+    return list(tasks.values())
 
 
 def _lettered(item: MultipleChoice) -> str:

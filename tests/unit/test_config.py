@@ -15,7 +15,7 @@ from cluster.errors import UserError
 from jobs.rule.config import RuleConfig
 
 ROOT = Path(__file__).parents[2]
-SHOWN_IN_COMMENTS = {"train.lora": "train", "rule.evaluation.judge": "rule"}
+SHOWN_IN_COMMENTS = {"train.lora": "train", "rule.evaluation.judge": "rule", "rule.evaluation.entailment": "rule"}
 
 
 @pytest.fixture

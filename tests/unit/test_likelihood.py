@@ -25,6 +25,23 @@ def direct(model, sequence, start):
     return logp[rows], logp[rows, torch.tensor(sequence[start:], dtype=torch.long)]
 
 
+def test_a_shared_beginning_is_computed_once_and_changes_nothing(tiny_model, sequences):
+    opening = sequences[4][:20]
+    sharing = [opening + sequence for sequence in sequences]
+    starts = [1, 22, 20, 19, 5, 27, 23]  # scored from within the opening, from its end, and after it
+    computed = []
+    hook = tiny_model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        scored = token_scores(tiny_model, sharing, starts, 10_000)
+    finally:
+        hook.remove()
+    assert computed == [20, 7 * 40]
+    for sequence, start, score in zip(sharing, starts, scored, strict=True):
+        torch.testing.assert_close(score.logprobs, direct(tiny_model, sequence, start)[1], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("max_batch_tokens", [1, 64, 10_000])
 def test_logprobs_equal_the_unbatched_forward(tiny_model, sequences, max_batch_tokens):
     scored = token_logprobs(tiny_model, sequences, PROMPTS, max_batch_tokens)
