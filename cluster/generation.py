@@ -157,8 +157,7 @@ class TransformersEngine:
         return output.logits[:, -1].float()
 
     def _stops(self, token_ids: list[int], stop: tuple[str, ...]) -> bool:
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return bool(text.strip()) and any(string in text.lstrip() for string in stop)
+        return _has_stop(self.tokenizer.decode(token_ids, skip_special_tokens=True), stop)
 
 
 class HalfPrecisionEngine(TransformersEngine):
@@ -221,6 +220,18 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
     body = text.lstrip()
     ends = [body.find(string) for string in stop if string in body]
     return body[: min(ends)] if ends and body else text
+
+
+def stopped_after(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int], stop: tuple[str, ...]) -> int | None:
+    """Number of tokens up to the first one that completes a stop string, as `cut` counts; None where none does."""
+    for count in range(1, len(token_ids) + 1) if stop else ():
+        if _has_stop(tokenizer.decode(token_ids[:count], skip_special_tokens=True), stop):
+            return count
+    return None
+
+
+def _has_stop(text: str, stop: tuple[str, ...]) -> bool:
+    return bool(text.strip()) and any(string in text.lstrip() for string in stop)
 
 
 def draw(logits: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> "torch.Tensor":

@@ -168,14 +168,14 @@ def _load(path: Path, dtype: str, auto: str, **options: str) -> "PreTrainedModel
     return model
 
 
-def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+def load_tokenizer(path: Path, chat: bool = True) -> "PreTrainedTokenizerBase":
     """The tokenizer in `path`, padding on the left, with a padding token.
 
     Raises:
-        UserError: it has no chat template.
+        UserError: it has no chat template, and `chat` asks for one.
     """
     tokenizer = _tokenizer(path)
-    if tokenizer.chat_template is None:
+    if chat and tokenizer.chat_template is None:
         raise UserError(f"the tokenizer in {path} has no chat template; add one or take an instruct model")
     return tokenizer
 

@@ -13,7 +13,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from cluster.config import Generation, Train
 from cluster.errors import UserError
-from cluster.generation import Completion, Sampling, cut
+from cluster.generation import Completion, Sampling, cut, stopped_after
 from cluster.models import load_tokenizer
 
 if TYPE_CHECKING:
@@ -145,13 +145,14 @@ def complete(
             torch.manual_seed(sampling.seed)
         outputs = llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], parameters, use_tqdm=False)
     return [
-        [
-            Completion(
-                list(one.token_ids),
-                cut(tokenizer.decode(one.token_ids, skip_special_tokens=True), sampling.stop),
-                "stop" if one.finish_reason == "stop" else "length",
-            )
-            for one in output.outputs
-        ]
+        [_completion(tokenizer, list(one.token_ids), one.finish_reason, sampling.stop) for one in output.outputs]
         for output in outputs
     ]
+
+
+def _completion(
+    tokenizer: "PreTrainedTokenizerBase", token_ids: list[int], finish_reason: str, stop: tuple[str, ...]
+) -> Completion:
+    end = stopped_after(tokenizer, token_ids, stop)
+    text = cut(tokenizer.decode(token_ids, skip_special_tokens=True), stop)
+    return Completion(token_ids[:end], text, "stop" if end is not None or finish_reason == "stop" else "length")

@@ -111,6 +111,7 @@ class Rule(Section):
     data: str = "demo"
     target: str | None = None
     method: str = "RULE"
+    chat_template: Literal["model", "in_context"] = "model"
     held_out_share: float = Field(default=0.0, ge=0, lt=1)
     seed: int = Field(default=42, ge=0, lt=2**32)
     steering: Steering = Steering()
@@ -118,6 +119,19 @@ class Rule(Section):
     baseline: Baseline = Baseline()
     passages: Passages = Passages()
     evaluation: Evaluation = Evaluation()
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What ends a sampled completion beside the end token: a base model would go on with a question of its own."""
+        return ("\n",) if self.chat_template == "in_context" else ()
+
+    @model_validator(mode="after")
+    def _asked_in_one_form(self) -> "Rule":
+        if self.chat_template == "in_context" and self.evaluation.prompt_form == "rwku":
+            raise ValueError(
+                "chat_template = in_context asks every question in that form; set rule.evaluation.prompt_form=plain"
+            )
+        return self
 
 
 class RuleConfig(Config):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Examination:
     """What is asked of which model; `original` is the model before unlearning, for perplexities.
 
-    `entailment` is the directory of the model that says which answers of the original one are right, too.
+    `entailment` is the directory of the model that says which answers of the original one are right, too; `stop` ends
+    every answer.
     """
 
     model: Path
@@ -34,6 +35,7 @@ class Examination:
     seed: int
     benchmarks: "Benchmarks | None" = None
     entailment: Path | None = None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def examine(task: Examination) -> Examined:
         # their demonstrations fill the context
         max_tokens = max(max_tokens, context_length(AutoConfig.from_pretrained(task.model, local_files_only=True)))
     engine = open_engine(task.model, task.generation, task.train, max_tokens, task.seed)
-    answers = ask(engine, tokenizer, task.probes, task.settings, _progress)
+    answers = ask(engine, tokenizer, task.probes, task.settings, task.stop, _progress)
     asked = [index for index, probe in enumerate(task.probes) if probe.kind in FORGET_KINDS]
     gpu = bool(task.train.gpus_per_worker)
     if task.entailment is not None and task.model == task.original:

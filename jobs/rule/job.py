@@ -22,6 +22,7 @@ from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import Probe, RuleData, load_data
 from jobs.rule.evaluate import Examination, Examined, check_lengths, examine, score
+from jobs.rule.in_context import prompted
 from jobs.rule.probes import Answer
 from jobs.scoring.entailment import resolve_entailment
 from jobs.scoring.judge import Judge
@@ -115,6 +116,8 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "") 
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
     benchmarks = load_benchmarks(data.folder) if what and data.folder is not None else None
     source = models.resolve(rule.model, rule.revision)
+    if rule.chat_template == "in_context":
+        source = prompted(source, data.folder)
     method = methods.find(rule.method)
     corpora = {} if method is None or what else load_corpora(data, method)
     dials = config.model_dump(include={"rule", "train", "generation"})
@@ -211,6 +214,7 @@ def evaluated(run: Run, stage: str, model: Path) -> Examined:
             rule.seed,
             run.benchmarks,
             run.entailment,
+            rule.stop,
         )
         with run.phase(f"evaluation of {stage}"):
             examined = session.on_worker(examine, run.config, task, seconds=EVALUATION_LIMIT_S)

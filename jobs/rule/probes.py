@@ -71,15 +71,19 @@ def ask(
     tokenizer: "PreTrainedTokenizerBase",
     probes: Sequence[Probe],
     settings: Evaluation,
+    stop: tuple[str, ...] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
-    """Greedy answers, in the order of the probes. Forget answers end at a newline, the others at the end token."""
+    """Greedy answers, in the order of the probes.
+
+    Forget answers end at a newline, the others at the end token or a string of `stop`.
+    """
     answers: dict[int, Answer] = {}
     by_stop: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, probe in enumerate(probes):
-        by_stop[("\n",) if "forget" in probe.kind else ()].append(index)
-    for stop, indices in by_stop.items():
-        sampling = Sampling(max_new_tokens=settings.max_new_tokens, stop=stop)
+        by_stop[("\n",) if "forget" in probe.kind else stop].append(index)
+    for ends, indices in by_stop.items():
+        sampling = Sampling(max_new_tokens=settings.max_new_tokens, stop=ends)
         for start in range(0, len(indices), 256):
             part = indices[start : start + 256]
             prompts = [probe_ids(tokenizer, probes[index], settings.prompt_form) for index in part]

@@ -28,6 +28,7 @@ class ReboTask:
     train: Train
     generation: Generation
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 def rebo(task: ReboTask, recorder: training.Recorder) -> None:
@@ -72,6 +73,7 @@ def rebo(task: ReboTask, recorder: training.Recorder) -> None:
             order=schedule(task.items, settings.steps, settings.prompts_per_step, task.seed),
             engine_of=lambda owner: rollout_engine(owner, task),
             reference=task.reference,
+            stop=task.stop,
             tokens_per_row=task.train.tokens_per_row,
             callbacks=[training.CheckpointCallback(recorder, lambda: trainer.samples)],
         )

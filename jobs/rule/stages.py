@@ -93,6 +93,7 @@ def steering(run: "Run", tracker: Tracker, output: Path) -> Path:
         rule.rebo.temperature,
         rule.rebo.top_p,
         rule.seed,
+        rule.stop,
     )
     epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)
     steps = -(-len(run.data.refusals) // rule.steering.batch_size) * epochs
@@ -114,6 +115,7 @@ def boundary_optimisation(run: "Run", tracker: Tracker, steered: Path) -> Path:
         config.train,
         config.generation,
         rule.seed,
+        rule.stop,
     )
     return trained(run, tracker, "rebo", rebo, task, rule.rebo.steps * rule.rebo.updates_per_rollout)
 

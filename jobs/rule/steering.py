@@ -30,8 +30,8 @@ SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 class SteeringTask:
     """What a worker of stage 1 needs.
 
-    The stopping rule samples as stage 2 will (`max_completion_tokens`, `temperature`, `top_p`), and also asks `check`,
-    boundary questions, for the record.
+    The stopping rule samples as stage 2 will (`max_completion_tokens`, `temperature`, `top_p`, `stop`), and also asks
+    `check`, boundary questions, for the record.
     """
 
     model: Path
@@ -45,6 +45,7 @@ class SteeringTask:
     temperature: float
     top_p: float
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 def steer(task: SteeringTask, recorder: training.Recorder) -> None:
@@ -168,6 +169,7 @@ class StopAtRefusal(TrainerCallback):
             self.task.max_completion_tokens,
             self.task.temperature,
             self.task.top_p,
+            stop=self.task.stop,
             seed=self.task.seed + state.global_step,
         )
         shares = {}

@@ -62,6 +62,7 @@ class ReboTrainer(GRPOTrainer):
         reference: Path,
         tokens_per_row: int,
         callbacks: list[TrainerCallback],
+        stop: tuple[str, ...] = (),
     ) -> None:
         from datasets import Dataset
 
@@ -91,6 +92,7 @@ class ReboTrainer(GRPOTrainer):
         self.item_prompts = prompts
         self.reward = reward
         self.tokens_per_row = tokens_per_row
+        self.stop = stop
         self.shares_prefixes = can_share(model.config)
         self.samples: list[dict] = []
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -159,6 +161,7 @@ class ReboTrainer(GRPOTrainer):
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 num_completions=settings.completions_per_prompt,
+                stop=self.stop,
                 seed=(self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.accelerator.process_index,
             )
             completions = self.engine.generate([self.item_prompts[i] for i in indices], sampling)
