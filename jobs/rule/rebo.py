@@ -75,7 +75,7 @@ def rebo(task: ReboTask, recorder: training.Recorder) -> None:
             reference=task.reference,
             stop=task.stop,
             tokens_per_row=task.train.tokens_per_row,
-            callbacks=[training.CheckpointCallback(recorder, lambda: trainer.samples)],
+            callbacks=[training.CheckpointCallback(recorder, lambda: trainer.new_samples())],
         )
         training.run(trainer, recorder)
         training.save_final(trainer, tokenizer, task.model, task.train, task.output, recorder)

@@ -94,7 +94,7 @@ class ReboTrainer(GRPOTrainer):
         self.tokens_per_row = tokens_per_row
         self.stop = stop
         self.shares_prefixes = can_share(model.config)
-        self.samples: list[dict] = []
+        self._samples: list[dict] = []
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.engine = engine_of(self)
 
@@ -241,7 +241,7 @@ class ReboTrainer(GRPOTrainer):
         for name, total, count in zip([*columns, "completion_tokens"], reduced[::2], reduced[1::2], strict=True):
             if count:
                 self._metrics["train"][name].append(total / count)
-        self.samples = [
+        self._samples = [
             {
                 "step": self.state.global_step + 1,
                 "prompt": self.items[i].prompt,
@@ -252,6 +252,11 @@ class ReboTrainer(GRPOTrainer):
             }
             for number, (i, group) in list(enumerate(zip(indices, completions, strict=True)))[:4]
         ]
+
+    def new_samples(self) -> list[dict]:
+        """A few of the last rollout's completions, handed out once however many updates learn from it."""
+        samples, self._samples = self._samples, []
+        return samples
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         # TRL writes a model card for each checkpoint; ours is written once, when the job ends

@@ -135,6 +135,7 @@ def test_second_update_of_a_rollout_is_clipped(policy, tiny_tokenizer, items, tm
     trainer.num_iterations = 2
     rows = [{"item": index} for index in (0, 1, 2, 3) for _ in range(4)]
     trainer.training_step(policy, rows)
+    assert len(trainer.new_samples()) == 4
     batch = trainer._buffered_inputs
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -142,6 +143,7 @@ def test_second_update_of_a_rollout_is_clipped(policy, tiny_tokenizer, items, tm
     policy.zero_grad()
     trainer.training_step(policy, rows)
     assert trainer._buffered_inputs is batch
+    assert trainer.new_samples() == []
     moved = [p.grad.abs().max().item() for p in policy.parameters()]
     assert all(torch.isfinite(torch.tensor(moved)))
 
