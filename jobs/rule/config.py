@@ -34,9 +34,19 @@ class Reward(Section):
     behave_weight: float = Field(default=0.7, ge=0, le=1)
 
 
+class Boundary(Section):
+    """Which boundary questions stage 2 learns from; the defaults leave the data as they are."""
+
+    kind: Literal["near", "far", "none"] = "near"
+    ratio: float | None = Field(default=None, ge=0, le=100)
+    fill_in: bool = True
+
+
 class Rebo(Section):
     """Stage 2, refusal boundary optimisation: on-policy GRPO over forget and boundary questions."""
 
+    start: Literal["steered", "original"] = "steered"
+    advantage: Literal["grpo", "rloo", "reinforce_plus_plus"] = "grpo"
     learning_rate: float = Field(default=2e-6, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -62,6 +72,12 @@ class Rebo(Section):
                 f"completions_per_prompt must be at least 2, got {self.completions_per_prompt}: "
                 "the advantage compares the completions of one prompt"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_exists(self) -> "Rebo":
+        if self.start == "original" and self.reference == "steered":
+            raise ValueError("start = original makes no steered model to refer to; set rule.rebo.reference=original")
         return self
 
 
@@ -114,6 +130,7 @@ class Rule(Section):
     chat_template: Literal["model", "in_context"] = "model"
     held_out_share: float = Field(default=0.0, ge=0, lt=1)
     seed: int = Field(default=42, ge=0, lt=2**32)
+    boundary: Boundary = Boundary()
     steering: Steering = Steering()
     rebo: Rebo = Rebo()
     baseline: Baseline = Baseline()

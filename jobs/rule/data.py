@@ -227,12 +227,15 @@ def _load_rwku(folder: Path) -> RuleData:
     probes = [probe for kind, name in PROBE_FILES.items() for probe in _probes(folder / name, kind)]
     if not any(probe.kind == "general" for probe in probes):
         probes += _probes(DEMO / PROBE_FILES["general"], "general")
-    items = _items(folder / "rl_rejection_with_fb_neighbor_target.json", target, refusals)
+    items = read_items(folder / "rl_rejection_with_fb_neighbor_target.json", target)
     return RuleData(target, refusals, items, tuple(probes), folder)
 
 
-def _items(path: Path, target: str, refusals: Sequence[Refusal]) -> tuple[Item, ...]:
-    """Stage-2 rows. Rows stand in blocks, each opened by the forget rows of one question: a block is one source."""
+def read_items(path: Path, target: str) -> tuple[Item, ...]:
+    """Rows of a stage-2 file about `target`.
+
+    Rows stand in blocks, each opened by the forget rows of one question: a block is one source.
+    """
     items: list[Item] = []
     source, previous = -1, "normal"
     for index, row in enumerate(_required(path, _Rl)):

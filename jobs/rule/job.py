@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from cluster.tracking_store import without_credentials
 from jobs.rule import methods, stages
 from jobs.rule import report as reporting
 from jobs.rule.benchmarks import Benchmarks, load_benchmarks
+from jobs.rule.boundary import with_boundary
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
-from jobs.rule.data import Probe, RuleData, load_data
+from jobs.rule.data import Probe, RuleData, load_data, read_items
 from jobs.rule.evaluate import Examination, Examined, check_lengths, examine, score
 from jobs.rule.in_context import prompted
 from jobs.rule.probes import Answer
@@ -76,9 +78,11 @@ def main(config: RuleConfig, out: Path | None = None, fresh: bool = False, comma
     with exclusively(run.folder), session.connected(config), tracked(run, "rule") as tracker:
         examined = {"original": evaluated(run, "original", run.source.path)}
         if config.rule.method == methods.RULE:
-            steered = stages.steering(run, tracker, run.folder / "steered")
-            examined["steered"] = evaluated(run, "steered", steered)
-            unlearned = stages.boundary_optimisation(run, tracker, steered)
+            start = run.source.path
+            if config.rule.rebo.start == "steered":
+                start = stages.steering(run, tracker, run.folder / "steered")
+                examined["steered"] = evaluated(run, "steered", start)
+            unlearned = stages.boundary_optimisation(run, tracker, start)
         else:
             unlearned = stages.other_method(run, tracker)
         examined["unlearned"] = evaluated(run, "unlearned", unlearned)
@@ -114,6 +118,8 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "") 
     if rule.evaluation.judge is not None:
         Judge(rule.evaluation.judge)
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
+    if not what:
+        data = with_boundary(data, rule.boundary, rule.seed, partial(read_items, target=data.target))
     benchmarks = load_benchmarks(data.folder) if what and data.folder is not None else None
     source = models.resolve(rule.model, rule.revision)
     if rule.chat_template == "in_context":

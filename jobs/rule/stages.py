@@ -71,7 +71,10 @@ def plan(run: "Run") -> Plan:
         return Plan(())
     if method is None:
         both = rule_plan(run.config, run.data, run.source.path)
-        return both if name == methods.RULE else Plan(both.batches[:1], {"steering": both.memory["steering"]})
+        if name == methods.RULE and run.config.rule.rebo.start == "steered":
+            return both
+        stage = "rebo" if name == methods.RULE else "steering"
+        return Plan(tuple(one for one in both.batches if one.stage == stage), {stage: both.memory[stage]})
     return baseline_plan(run.config, method, run.corpora, run.source.path)
 
 
@@ -100,14 +103,14 @@ def steering(run: "Run", tracker: Tracker, output: Path) -> Path:
     return trained(run, tracker, "steering", steer, task, round(steps))
 
 
-def boundary_optimisation(run: "Run", tracker: Tracker, steered: Path) -> Path:
-    """Stage 2: reinforcement moves the boundary of what it refuses to where the target ends."""
+def boundary_optimisation(run: "Run", tracker: Tracker, start: Path) -> Path:
+    """Stage 2: reinforcement moves the boundary of what the model in `start` refuses to where the target ends."""
     from jobs.rule.rebo import ReboTask, rebo
 
     rule, config = run.config.rule, run.config
-    reference = steered if rule.rebo.reference == "steered" else run.source.path
+    reference = start if rule.rebo.reference == "steered" else run.source.path
     task = ReboTask(
-        steered,
+        start,
         reference,
         run.folder / "model",
         run.data.items,

@@ -147,7 +147,9 @@ class StopAtRefusal(TrainerCallback):
     def __init__(self, task: SteeringTask, tokenizer: "PreTrainedTokenizerBase", recorder: training.Recorder) -> None:
         spread = max(1, len(task.refusals) // CHECKED_QUESTIONS)
         forget = [row.prompt for row in task.refusals[::spread]][:CHECKED_QUESTIONS]
-        self.questions = {"refusal_forget": forget, "refusal_boundary": list(task.check[:CHECKED_QUESTIONS])}
+        self.questions = {"refusal_forget": forget}
+        if task.check:
+            self.questions["refusal_boundary"] = list(task.check[:CHECKED_QUESTIONS])
         self.task = task
         self.tokenizer = tokenizer
         self.recorder = recorder

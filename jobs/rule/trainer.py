@@ -19,7 +19,14 @@ from cluster import training
 from cluster.generation import Completion, Generator, Sampling
 from jobs.rule.config import Rebo
 from jobs.rule.data import Item
-from jobs.rule.loss import group_advantages, k3_divergence, policy_loss
+from jobs.rule.loss import (
+    group_advantages,
+    k3_divergence,
+    leave_one_out_advantages,
+    policy_loss,
+    token_moments,
+    whitened_advantages,
+)
 from jobs.rule.packing import Group, PackedRow, can_share, pack, plain_rows, plan_rows, row_logprobs
 from jobs.rule.reward import make_reward, refused
 
@@ -175,21 +182,31 @@ class ReboTrainer(GRPOTrainer):
                     for i, group in zip(indices, completions, strict=True)
                 ]
             )
-            advantages = group_advantages(rewards)
+            advantages = self._advantages(rewards, completions)
         groups = [
             Group(self.item_prompts[i], [c.token_ids for c in group], number * settings.completions_per_prompt)
             for number, (i, group) in enumerate(zip(indices, completions, strict=True))
         ]
         num_tokens = sum(len(ids) for group in groups for ids in group.completions)
-        self._record(indices, completions, rewards, num_tokens)
+        silent = (advantages == 0).all(dim=1)
+        self._record(indices, completions, rewards, silent, num_tokens)
         if settings.kl_coefficient == 0:
-            silent = (advantages == 0).all(dim=1)
             groups = [group for group, is_silent in zip(groups, silent, strict=True) if not is_silent]
         rows = self._rows(groups)
         total = self.accelerator.reduce(torch.tensor(float(num_tokens), device=device), reduction="sum")
         with self._timed("reference"):
             reference = [self._reference_logprobs(row) for row in rows]
         return RolloutBatch(rows, advantages.flatten().to(device), reference, total)
+
+    def _advantages(self, rewards: torch.Tensor, completions: list[list[Completion]]) -> torch.Tensor:
+        """Advantage of each completion (groups, completions) by `rebo.advantage`."""
+        if self.settings.advantage == "grpo":
+            return group_advantages(rewards)
+        if self.settings.advantage == "rloo":
+            return leave_one_out_advantages(rewards)
+        lengths = torch.tensor([[len(c.token_ids) for c in group] for group in completions])
+        moments = token_moments(rewards, lengths).to(self.accelerator.device)
+        return whitened_advantages(rewards, self.accelerator.reduce(moments, reduction="sum").cpu())
 
     def _rows(self, groups: list[Group]) -> list[PackedRow]:
         """Packed rows, as many on every rank: FSDP gathers weights in each forward pass, so all must take part."""
@@ -215,13 +232,17 @@ class ReboTrainer(GRPOTrainer):
                 return row_logprobs(self.model, row, self.temperature)
 
     def _record(
-        self, indices: list[int], completions: list[list[Completion]], rewards: torch.Tensor, num_tokens: int
+        self,
+        indices: list[int],
+        completions: list[list[Completion]],
+        rewards: torch.Tensor,
+        silent: torch.Tensor,
+        num_tokens: int,
     ) -> None:
         """Means over all ranks of what the rollouts show; a few samples of this rank."""
         forget = torch.tensor([self.items[i].label == "reject" for i in indices])
         refusal = torch.tensor([[float(refused(c.text)) for c in group] for group in completions]).mean(1)
         ended = torch.tensor([[float(c.finish_reason == "stop") for c in group] for group in completions]).mean(1)
-        silent = (rewards == rewards[:, :1]).all(dim=1).float()
         mean = rewards.mean(1)
         columns = {
             "reward": (mean, None),
@@ -229,7 +250,7 @@ class ReboTrainer(GRPOTrainer):
             "reward_boundary": (mean, ~forget),
             "refusal_forget": (refusal, forget),
             "refusal_boundary": (refusal, ~forget),
-            "zero_advantage_groups": (silent, None),
+            "zero_advantage_groups": (silent.float(), None),
             "ended": (ended, None),
         }
         sums = []

@@ -56,6 +56,25 @@ def test_a_method_trains_and_is_measured_as_rule_is(method, world, tmp_path):
     assert printed.splitlines()[-1].endswith("report.json")
 
 
+def test_rule_without_its_first_stage_and_with_fewer_boundary_questions(world, tmp_path):
+    variant = {
+        "rule.rebo.start": "original",
+        "rule.rebo.reference": "original",
+        "rule.rebo.advantage": "reinforce_plus_plus",
+        "rule.rebo.steps": 3,
+        "rule.boundary.ratio": 0.5,
+        "rule.boundary.fill_in": "false",
+    }
+    process = commands.rule(tmp_path, "run", *commands.settings(world, variant))
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    report = json.loads((commands.run_folder(tmp_path) / "report.json").read_text())
+    assert set(report["metrics"]) == {"original", "unlearned"}
+    assert "steering" not in report["seconds"]
+    rows = commands.history(tmp_path, "rebo")
+    assert [row["zero_advantage_groups"] for row in rows] == [0, 0, 0]
+    assert not commands.history(tmp_path, "steering")
+
+
 def test_a_method_that_diverges_says_so_and_leaves_no_model(world, tmp_path):
     settings = commands.settings(world, FAST | {"rule.baseline.learning_rate": 1e30})
     process = commands.rule(tmp_path, "run", "--method", "GA", *settings)

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.rule.loss import group_advantages, k3_divergence, policy_loss
+from jobs.rule.loss import (
+    group_advantages,
+    k3_divergence,
+    leave_one_out_advantages,
+    policy_loss,
+    token_moments,
+    whitened_advantages,
+)
 
 LOW, HIGH, DUAL = 0.2, 0.3, 3.0
 
@@ -43,6 +50,30 @@ def test_groups_do_not_mix():
     rewards = torch.tensor([[0.0, 1.0, 0.5], [0.25, 0.0, 0.0]])
     alone = torch.cat([group_advantages(row[None]) for row in rewards])
     torch.testing.assert_close(group_advantages(rewards), alone)
+
+
+def test_leave_one_out_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.7, 0.7, 0.7, 0.7]])
+    expected = torch.tensor([[1 - 0.5 / 3, -0.5, -0.5, 0.5 - 1 / 3], [0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(leave_one_out_advantages(rewards), expected)
+    assert torch.equal(leave_one_out_advantages(rewards)[1], expected[1])
+
+
+def test_whitening_is_that_of_the_tokens_laid_out():
+    rewards = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    lengths = torch.tensor([[3, 1], [2, 4]])
+    tokens = torch.tensor([1.0] * 3 + [0.0] + [0.5] * 2 + [0.5] * 4)
+    expected = (rewards - tokens.mean()) / (tokens.var() + 1e-8).sqrt()
+    torch.testing.assert_close(whitened_advantages(rewards, token_moments(rewards, lengths)), expected)
+    parts = [token_moments(rewards[:1], lengths[:1]), token_moments(rewards[1:], lengths[1:])]
+    torch.testing.assert_close(whitened_advantages(rewards, sum(parts)), expected)
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.3, 0.7])
+def test_whitening_of_one_reward_for_all_stays_small(reward):
+    rewards = torch.full((3, 4), reward)
+    advantages = whitened_advantages(rewards, token_moments(rewards, torch.full((3, 4), 5)))
+    assert advantages.abs().max() < 1e-3
 
 
 @settings(deadline=None)

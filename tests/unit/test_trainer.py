@@ -80,11 +80,25 @@ def rebo_trainer(model, tokenizer, items, folder, settings, tokens_per_row=40):
 def plain_loss(model, reference, items, settings):
     """GRPO's loss written out: one forward pass a completion, mean over tokens, k3 to the reference."""
     reward = make_reward(settings.reward.design)
+    groups = FixedEngine().generate(PROMPTS, SimpleNamespace(num_completions=settings.completions_per_prompt))
+    rewards = torch.tensor([[reward(c.text, item) for c in group] for item, group in zip(items, groups, strict=True)])
+    returns = torch.tensor(
+        [
+            r
+            for row, group in zip(rewards, groups, strict=True)
+            for r, c in zip(row, group, strict=True)
+            for _ in c.token_ids
+        ]
+    )
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    advantages = {
+        "grpo": group_advantages(rewards),
+        "rloo": rewards - others,
+        "reinforce_plus_plus": (rewards - returns.mean()) / returns.std(),
+    }[settings.advantage]
     losses = []
-    for prompt, item in zip(PROMPTS, items, strict=True):
-        group = FixedEngine().generate([prompt], SimpleNamespace(num_completions=settings.completions_per_prompt))[0]
-        rewards = torch.tensor([[reward(c.text, item) for c in group]])
-        for completion, advantage in zip(group, group_advantages(rewards)[0], strict=True):
+    for prompt, group, row in zip(PROMPTS, groups, advantages, strict=True):
+        for completion, advantage in zip(group, row, strict=True):
             ids = torch.tensor([prompt + completion.token_ids])
             scored = [m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (model, reference)]
             policy, held = (s.gather(-1, ids[0, len(prompt) :, None])[:, 0] for s in scored)
@@ -94,9 +108,17 @@ def plain_loss(model, reference, items, settings):
     return torch.cat(losses).mean()
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.5])
-def test_rebo_step_has_the_gradient_of_the_plain_loss(policy, tiny_tokenizer, items, tmp_path, kl):
-    settings = Rebo(prompts_per_step=4, completions_per_prompt=4, kl_coefficient=kl, max_completion_tokens=8)
+@pytest.mark.parametrize(
+    ("advantage", "kl"), [("grpo", 0.0), ("grpo", 0.5), ("rloo", 0.0), ("reinforce_plus_plus", 0.0)]
+)
+def test_rebo_step_has_the_gradient_of_the_plain_loss(policy, tiny_tokenizer, items, tmp_path, advantage, kl):
+    settings = Rebo(
+        prompts_per_step=4,
+        completions_per_prompt=4,
+        kl_coefficient=kl,
+        max_completion_tokens=8,
+        advantage=advantage,
+    )
     trainer = rebo_trainer(policy, tiny_tokenizer, items, tmp_path, settings)
     reference = trainer.ref_model
     if reference is not None:
