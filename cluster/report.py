@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,15 @@ def read_lines(path: Path) -> list[dict]:
     Lines end at a line feed only: texts may hold other separators (U+2028), which JSON leaves as they are.
     """
     return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
+
+
+def write_lines(rows: Iterable[dict], path: Path) -> Path:
+    """Writes a JSON Lines file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+    return path
 
 
 def digest(content: object) -> str:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from cluster.cli import root_cause
 from cluster.config import Lora, Train
 from cluster.errors import JobFailure, UserError
-from cluster.report import read_json, read_lines, write_json
+from cluster.report import read_json, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
     import torch
@@ -81,10 +81,7 @@ class Recorder:
         write_json({"gib": round(peak_memory_gib(), 2)}, self.folder / f"peak-{self.stage}.json")
 
     def _write(self, rows: list[dict], name: str = HISTORY) -> None:
-        path = self.folder / name
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
+        write_lines(rows, self.folder / name)
 
     def _tracker(self) -> "Tracker | None":
         if self.run_id is None or self.tracking_uri is None:

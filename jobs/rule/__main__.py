@@ -1,4 +1,4 @@
-"""`python -m jobs.rule`: run, evaluate, passages."""
+"""`python -m jobs.rule`: run, compare, evaluate, passages."""
 
 import shlex
 import sys
@@ -25,6 +25,12 @@ def run(
     out: cli.Out = None,
     fresh: cli.Fresh = False,
     dry_run: cli.DryRun = False,
+    shared: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in which runs of one comparison keep what is equal: the original's answers, stage 1."
+        ),
+    ] = None,
 ) -> None:
     """Unlearn a target: steer to refusals, then move the refusal boundary by reinforcement; report before and after."""
     chosen = [] if method is None else [f"rule.method={method}"]
@@ -34,7 +40,25 @@ def run(
     if dry_run:
         job.dry_run(loaded)
         return
-    print(job.main(loaded, out, fresh, _command()))
+    print(job.main(loaded, out, fresh, _command(), shared))
+
+
+@app.command()
+def compare(
+    chosen: Annotated[
+        str, typer.Option("--methods", help="Methods with commas between, each METHOD or METHOD@LEARNING_RATE.")
+    ],
+    profile: cli.Profile = None,
+    config: cli.ConfigFile = None,
+    sets: cli.Set = None,
+    out: cli.Out = None,
+    fresh: cli.Fresh = False,
+) -> None:
+    """Unlearn the target by several methods and show what each trades for what: table, plot, front, differences."""
+    loaded = load(RuleConfig, profile, config or [], sets or [])
+    from jobs.rule import compare as comparison
+
+    print(comparison.compare(loaded, comparison.entries(chosen), out, fresh, _command()))
 
 
 @app.command()

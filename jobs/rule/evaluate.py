@@ -177,3 +177,21 @@ def _naturalness(
 
 def _progress(done: int, total: int) -> None:
     print(f"evaluation {done}/{total} probes", flush=True)
+
+
+def packed(examined: Examined) -> dict:
+    """The form that `answers/STAGE.json` has."""
+    return vars(examined) | {
+        "answers": [vars(answer) | {"probe": vars(answer.probe)} for answer in examined.answers],
+        "benchmarks": {name: metric.to_json() for name, metric in examined.benchmarks.items()},
+    }
+
+
+def unpacked(content: dict) -> Examined:
+    """What `packed` gave."""
+    answers = [Answer(**row | {"probe": Probe(**row["probe"])}) for row in content["answers"]]
+    benchmarks = {
+        name: Metric(metric["value"], tuple(metric["ci95"]), metric["n"], metric["seed"])
+        for name, metric in content["benchmarks"].items()
+    }
+    return Examined(**content | {"answers": answers, "benchmarks": benchmarks})

@@ -16,16 +16,15 @@ from cluster.errors import UserError, paths_named
 from cluster.report import digest, machine, read_json, read_lines, write_json
 from cluster.tracking import Tracker, default_uri, git_commit, masked
 from cluster.tracking_store import without_credentials
-from jobs.rule import methods, stages
+from jobs.rule import methods, shared, stages
 from jobs.rule import report as reporting
 from jobs.rule.benchmarks import Benchmarks, load_benchmarks
 from jobs.rule.boundary import with_boundary
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import Probe, RuleData, load_data, read_items
-from jobs.rule.evaluate import Examination, Examined, check_lengths, examine, score
+from jobs.rule.evaluate import Examination, Examined, check_lengths, examine, packed, score, unpacked
 from jobs.rule.in_context import prompted
-from jobs.rule.probes import Answer
 from jobs.scoring.entailment import resolve_entailment
 from jobs.scoring.judge import Judge
 
@@ -44,6 +43,7 @@ class Run:
     corpora: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
     benchmarks: Benchmarks | None = None
     entailment: Path | None = None
+    shared: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
     def save(self, **news: Any) -> None:
@@ -59,8 +59,16 @@ class Run:
         self.save(seconds=self.state.get("seconds", {}) | {name: round(time.perf_counter() - start, 2)})
 
 
-def main(config: RuleConfig, out: Path | None = None, fresh: bool = False, command: str = "") -> Path:
+def main(
+    config: RuleConfig,
+    out: Path | None = None,
+    fresh: bool = False,
+    command: str = "",
+    shared_folder: Path | None = None,
+) -> Path:
     """Unlearns one target; returns the path of report.json.
+
+    `shared_folder` keeps what runs of one comparison have in common (`jobs.rule.shared`).
 
     Raises:
         UserError: what its author can mend in configuration, data or model.
@@ -70,6 +78,7 @@ def main(config: RuleConfig, out: Path | None = None, fresh: bool = False, comma
         run = prepare(config, out, command)
         stages.check(run)
         claim(run, fresh)
+    run.shared = shared_folder
     finished = run.folder / "report.json"
     if finished.exists():
         print(f"this run is finished (--fresh starts it over): {run.folder}")
@@ -96,7 +105,7 @@ def evaluate(
     with paths_named():
         checkpoint = None if model is None else models.resolve(str(model))
         pinned = digest(None if checkpoint is None else [checkpoint.name, checkpoint.version])
-        run = prepare(config, out, command, what=f"evaluate-{pinned[:6]}")
+        run = prepare(config, out, command, what=f"evaluate-{pinned[:6]}", benchmarked=True)
         if checkpoint is not None:
             check_lengths(checkpoint.path, chosen_probes(run), config.rule.evaluation)
         claim(run, fresh)
@@ -111,7 +120,7 @@ def evaluate(
         return conclude(run, tracker, examined, None)
 
 
-def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "") -> Run:
+def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "", benchmarked: bool = False) -> Run:
     """Reads data and model; what is wrong with them is found here, before anything is started or written."""
     session.prepare(config)
     rule = config.rule
@@ -120,7 +129,7 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "") 
     data = load_data(rule.data, rule.target, rule.held_out_share, rule.seed)
     if not what:
         data = with_boundary(data, rule.boundary, rule.seed, partial(read_items, target=data.target))
-    benchmarks = load_benchmarks(data.folder) if what and data.folder is not None else None
+    benchmarks = load_benchmarks(data.folder) if benchmarked and data.folder is not None else None
     source = models.resolve(rule.model, rule.revision)
     if rule.chat_template == "in_context":
         source = prompted(source, data.folder)
@@ -135,7 +144,15 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "") 
     identity = digest(parts)
     folder = out or session.storage(config) / "rule" / f"{what}{'-' if what else ''}{identity}"
     run = Run(
-        config, data, source, folder.resolve(), command, corpora, benchmarks, nli and nli.path, {"identity": identity}
+        config,
+        data,
+        source,
+        folder.resolve(),
+        command,
+        corpora,
+        benchmarks,
+        nli and nli.path,
+        state={"identity": identity},
     )
     check_lengths(source.path, chosen_probes(run), rule.evaluation)
     return run
@@ -222,11 +239,15 @@ def evaluated(run: Run, stage: str, model: Path) -> Examined:
             run.entailment,
             rule.stop,
         )
-        with run.phase(f"evaluation of {stage}"):
-            examined = session.on_worker(examine, run.config, task, seconds=EVALUATION_LIMIT_S)
-        write_json(_packed(examined), kept)
-        return examined
-    return _unpacked(known)
+
+        def asked() -> dict:
+            with run.phase(f"evaluation of {stage}"):
+                return packed(session.on_worker(examine, run.config, task, seconds=EVALUATION_LIMIT_S))
+
+        parts = [run.source.name, run.source.version, vars(task) | {"model": None, "original": None}]
+        known = shared.once(run.shared if stage == "original" else None, "answers", parts, asked)
+        write_json(known, kept)
+    return unpacked(known)
 
 
 def chosen_probes(run: Run) -> tuple[Probe, ...]:
@@ -349,21 +370,3 @@ def show(content: dict) -> None:
     other = reporting.other_table(content)
     if other is not None:
         console.print(other)
-
-
-def _packed(examined: Examined) -> dict:
-    return vars(examined) | {
-        "answers": [vars(answer) | {"probe": vars(answer.probe)} for answer in examined.answers],
-        "benchmarks": {name: metric.to_json() for name, metric in examined.benchmarks.items()},
-    }
-
-
-def _unpacked(content: dict) -> Examined:
-    from cluster.report import Metric
-
-    answers = [Answer(**row | {"probe": Probe(**row["probe"])}) for row in content["answers"]]
-    benchmarks = {
-        name: Metric(metric["value"], tuple(metric["ci95"]), metric["n"], metric["seed"])
-        for name, metric in content["benchmarks"].items()
-    }
-    return Examined(**content | {"answers": answers, "benchmarks": benchmarks})

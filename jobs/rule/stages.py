@@ -10,7 +10,7 @@ from cluster.generation import chosen_engine
 from cluster.memory import ModelShape
 from cluster.plan import Plan
 from cluster.tracking import Tracker
-from jobs.rule import methods
+from jobs.rule import methods, shared
 from jobs.rule.plan import baseline_plan, baseline_steps, rule_plan, settled
 from jobs.rule.reward import make_reward
 
@@ -100,7 +100,10 @@ def steering(run: "Run", tracker: Tracker, output: Path) -> Path:
     )
     epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)
     steps = -(-len(run.data.refusals) // rule.steering.batch_size) * epochs
-    return trained(run, tracker, "steering", steer, task, round(steps))
+    parts = [run.source.name, run.source.version, vars(task) | {"model": None, "output": None}]
+    return shared.stage(
+        run, "steering", output, parts, lambda: trained(run, tracker, "steering", steer, task, round(steps))
+    )
 
 
 def boundary_optimisation(run: "Run", tracker: Tracker, start: Path) -> Path:

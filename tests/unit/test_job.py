@@ -53,7 +53,7 @@ def laptop(folder: Path, *sets: str) -> RuleConfig:
 
 
 def identity(config: RuleConfig) -> str:
-    return prepare(config, None, "", what="evaluate-0").state["identity"]
+    return prepare(config, None, "", what="evaluate-0", benchmarked=True).state["identity"]
 
 
 def test_evaluation_is_done_anew_when_a_benchmark_file_changes(folder_of_data):
@@ -66,7 +66,7 @@ def test_evaluation_is_done_anew_when_a_benchmark_file_changes(folder_of_data):
 def test_a_wrong_benchmark_row_is_told_before_anything_runs(folder_of_data):
     (folder_of_data / "fluency.json").write_text(json.dumps([{"prompt": "Tell a story."}]))
     with pytest.raises(UserError, match=r"fluency\.json, row 0: instruction is missing"):
-        prepare(laptop(folder_of_data), None, "", what="evaluate-0")
+        prepare(laptop(folder_of_data), None, "", what="evaluate-0", benchmarked=True)
 
 
 def test_a_judge_without_its_token_is_told_before_anything_runs(folder_of_data, monkeypatch):

@@ -1,0 +1,277 @@
+"""`python -m jobs.rule compare`: the same target unlearned by several methods, and what each trades for what.
+
+Every method is an ordinary run in a process of its own, as many at once as the cluster has room for. They share the
+original's answers and stage 1. The same command again continues, and takes the finished ones as they are; a method that
+fails is recorded and does not end the others.
+"""
+
+import ctypes
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster import session
+from cluster.config import ENVIRONMENT_PREFIX
+from cluster.errors import JobFailure, UserError, paths_named
+from cluster.report import digest, machine, read_json, write_json
+from cluster.tracking import git_commit, masked
+from cluster.tracking_store import without_credentials
+from jobs.rule import costs, job, methods, stages, tradeoff
+from jobs.rule import report as reporting
+from jobs.rule.config import RuleConfig
+
+PROGRESS = re.compile(r"step \d+/\d+|evaluation[ :]|error: ")
+WORKER = re.compile(r"^\x1b\[\d+m\([^)]*\)\x1b\[0m ")  # how Ray begins a line of a worker
+END_GRACE_S = 60
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LIBC = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method, with a learning rate of its own or the configuration's."""
+
+    method: str
+    learning_rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """METHOD or METHOD@LEARNING_RATE."""
+        return self.method if self.learning_rate is None else f"{self.method}@{self.learning_rate:g}"
+
+    def applied(self, config: RuleConfig) -> RuleConfig:
+        """The configuration of its run."""
+        rule = config.rule.model_copy(update={"method": self.method})
+        if self.learning_rate is not None:
+            part = {methods.RULE: "rebo", methods.STEERING_ONLY: "steering"}.get(self.method, "baseline")
+            settings = getattr(rule, part).model_copy(update={"learning_rate": self.learning_rate})
+            rule = rule.model_copy(update={part: settings})
+        return config.model_copy(update={"rule": rule})
+
+
+def entries(text: str) -> list[Entry]:
+    """Entries of a list such as "RULE,NPO@2e-6,NPO@5e-6".
+
+    Raises:
+        UserError: an unknown method (the nearest is named), a learning rate that is none, an entry twice.
+    """
+    found: list[Entry] = []
+    for part in text.split(","):
+        method, at, number = part.strip().partition("@")
+        methods.find(method)
+        try:
+            rate = float(number) if at else None
+        except ValueError:
+            rate = 0.0
+        if rate is not None and not 0 < rate < math.inf:
+            raise UserError(f"--methods {part.strip()}: '{number}' is no learning rate; write METHOD or METHOD@NUMBER")
+        if rate is not None and method == methods.PROMPT_ONLY:
+            raise UserError(f"--methods {part.strip()}: {method} trains nothing and takes no learning rate")
+        entry = Entry(method, rate)
+        if entry in found:
+            raise UserError(f"--methods names {entry.name} twice; name each once")
+        found.append(entry)
+    return found
+
+
+class Processes:
+    """The runs of this comparison; once it ends, those that still run are ended and none starts any more."""
+
+    def __init__(self) -> None:
+        self._running: list[subprocess.Popen] = []
+        self._turn = threading.Lock()
+        self._ended = False
+
+    def start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+        """Starts a run whose two outputs are one stream of lines.
+
+        Raises:
+            JobFailure: the comparison has ended.
+        """
+        with self._turn:
+            if self._ended:
+                raise JobFailure("the comparison was ended")
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+                preexec_fn=_end_with_parent,
+            )
+            self._running.append(process)
+        return process
+
+    def end(self) -> None:
+        """As on Ctrl-C: each run frees its workers and can be continued."""
+        with self._turn:
+            self._ended = True
+            left = [process for process in self._running if process.poll() is None]
+        for process in left:
+            process.terminate()
+        for process in left:
+            try:
+                process.wait(END_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _end_with_parent() -> None:
+    # A killed driver cannot end its runs, and they would hold their folders against the next one.
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def compare(config: RuleConfig, chosen: Sequence[Entry], out: Path | None, fresh: bool, command: str) -> Path:
+    """Runs what has no finished run yet, and writes the comparison; returns the path of its report.json.
+
+    Raises:
+        UserError: what `jobs.rule.job.main` would refuse of any entry, before any starts.
+        JobFailure: no method finished.
+    """
+    with paths_named():
+        what = f"compare-{digest([entry.name for entry in chosen])[:6]}"
+        run = job.prepare(config, out, command, what=what)
+        for entry in chosen:
+            stages.check(job.prepare(entry.applied(config), run.folder / "runs" / _slug(entry), command))
+        job.claim(run, fresh)
+    known = read_json(run.folder / "report.json")
+    if known is not None and not known["failures"]:
+        print(f"this comparison is finished (--fresh starts it over): {run.folder}")
+        show(known)
+        return run.folder / "report.json"
+    with (
+        job.exclusively(run.folder),
+        session.connected(config),
+        job.tracked(run, "rule-compare") as tracker,
+    ):
+        failures = _train(run, chosen)
+        finished = [entry for entry in chosen if entry.name not in failures]
+        if not finished:
+            raise JobFailure(f"no method finished; the first: {next(iter(failures.values()))}")
+        outcomes = [_outcome(run, entry) for entry in finished]
+        content = _content(run, chosen, failures) | tradeoff.summary(outcomes, config.rule.seed)
+        content["mlflow"] = {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id}
+        for order, entry in enumerate(finished):
+            flat = {name: metric["value"] for name, metric in content["metrics"][entry.name].items()}
+            tracker.metrics(flat, step=0, stage=f"{order:02d}-{entry.name}".replace("@", "-"))
+        plot = run.folder / "plots" / "tradeoff.png"
+        plot.parent.mkdir(exist_ok=True)
+        tradeoff.figure(content).savefig(plot, dpi=150)
+        path = write_json(content, run.folder / "report.json")
+        for artifact in (plot, path):
+            tracker.artifact(artifact)
+    show(content)
+    return path
+
+
+def show(content: dict[str, Any]) -> None:
+    """The table, what is decided, and what failed."""
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 130)
+    console.print(tradeoff.table(content))
+    for sentence in (*tradeoff.verdicts(content), *(f"{n} failed: {why}" for n, why in content["failures"].items())):
+        console.print(sentence, soft_wrap=True, highlight=False)
+
+
+def _train(run: job.Run, chosen: Sequence[Entry]) -> dict[str, str]:
+    """Runs every entry without a report, a process each; returns why entries failed."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    processes = Processes()
+    slots = _slots(run.config, ray.cluster_resources())
+    with ThreadPoolExecutor(min(slots, len(chosen))) as pool:
+        try:
+            results = list(pool.map(lambda entry: _run(run, entry, address, processes), chosen))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.end()
+            raise
+    return {entry.name: why for entry, why in zip(chosen, results, strict=True) if why is not None}
+
+
+def _slots(config: RuleConfig, resources: dict[str, float]) -> int:
+    train = config.train
+    slots = int(resources.get("CPU", 1) // (train.num_workers * train.cpus_per_worker))
+    if train.gpus_per_worker:
+        slots = min(slots, int(resources.get("GPU", 0) // (train.num_workers * train.gpus_per_worker)))
+    return max(1, slots)
+
+
+def _run(run: job.Run, entry: Entry, address: str, processes: Processes) -> str | None:
+    """Trains and evaluates one entry unless that is done; returns what it said where it failed."""
+    folder = run.folder / "runs" / _slug(entry)
+    if (folder / "report.json").exists():
+        print(f"[{entry.name}] is finished", flush=True)
+        return None
+    config = entry.applied(run.config)
+    cluster = config.cluster.model_copy(update={"address": address, "storage": str(session.storage(config))})
+    written = folder.with_suffix(".yaml")
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(yaml.safe_dump(config.model_copy(update={"cluster": cluster}).model_dump()), encoding="utf-8")
+    command = [sys.executable, "-m", "jobs.rule", "run", "--config", str(written), "--out", str(folder)]
+    command += ["--shared", str(run.folder / "shared")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+    last = ""
+    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
+        process = processes.start(command, environment)
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            last = line.strip() or last
+            if PROGRESS.search(line):
+                print(f"[{entry.name}] {WORKER.sub('', line).rstrip()}", flush=True)
+        status = process.wait()
+    return (
+        None if status == 0 else f"{last.removeprefix('error: ')} (exit status {status}; {folder.with_suffix('.log')})"
+    )
+
+
+def _outcome(run: job.Run, entry: Entry) -> tradeoff.Outcome:
+    folder = run.folder / "runs" / _slug(entry)
+    own = job.prepare(entry.applied(run.config), folder, "")
+    threshold = run.config.rule.evaluation.known_threshold
+    return tradeoff.outcome(
+        entry.name, entry.method, folder, threshold, costs.trained_tokens(own), costs.data_used(own)
+    )
+
+
+def _content(run: job.Run, chosen: Sequence[Entry], failures: dict[str, str]) -> dict[str, Any]:
+    rule = run.config.rule
+    return {
+        "system": "rule",
+        "job": "compare",
+        "methods": [entry.name for entry in chosen],
+        "failures": failures,
+        "targets": [run.data.target],
+        "model": run.source.name,
+        "model_version": run.source.version,
+        "command": without_credentials(run.command),
+        "configuration": masked(run.config.model_dump()),
+        "data_digests": {rule.data: job.data_digest(run.data)},
+        "seconds": {
+            entry.name: read_json(run.folder / "runs" / _slug(entry) / "report.json")["seconds"]
+            for entry in chosen
+            if entry.name not in failures
+        },
+        "machine": machine(),
+        "commit": git_commit(Path(__file__).parents[2]),
+        "versions": reporting.versions(),
+    }
+
+
+def _slug(entry: Entry) -> str:
+    return entry.name.replace("@", "-at-").replace("+", "-")

@@ -1,0 +1,57 @@
+"""The trade-off of forgetting and keeping: dominated points, area under a front, paired differences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.report import Metric
+from jobs.scoring.intervals import mean_interval
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model: `forgotten` = 1 - recall on known forget probes, `retained` = recall on known retained ones, 0 to 1."""
+
+    name: str
+    forgotten: float
+    retained: float
+
+
+def dominates(one: Point, other: Point) -> bool:
+    """Whether `one` is at least as good on both axes and better on one."""
+    at_least = one.forgotten >= other.forgotten and one.retained >= other.retained
+    return at_least and (one.forgotten, one.retained) != (other.forgotten, other.retained)
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that none dominates, by rising `forgotten`; of equal ones the first."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p.forgotten, -p.retained)):
+        if not kept or point.retained > kept[-1].retained:
+            kept.append(point)
+    return kept[::-1]
+
+
+def area(points: Sequence[Point], floor: float = 0.0) -> float:
+    """Area under the stepwise front of the points with `retained` >= `floor`, in [0, 1]: their hypervolume from (0, 0).
+
+    RULE's figure gives such an area for each r (trade-off figure); how it was measured is not published, this is ours.
+    """
+    total, reached = 0.0, 0.0
+    for point in front([point for point in points if point.retained >= floor]):
+        total += (point.forgotten - reached) * point.retained
+        reached = point.forgotten
+    return total
+
+
+def paired_difference(one: Sequence[float], other: Sequence[float], seed: int) -> Metric:
+    """Mean of one - other over the same probes, with the interval of the bootstrap over probes.
+
+    Raises: ValueError for sequences of different length, or empty ones.
+    """
+    return mean_interval([a - b for a, b in zip(one, other, strict=True)], seed)
+
+
+def verdict(difference: Metric) -> str:
+    """ "better", "worse" or "undecided" of the first, where more is better; decided if the interval leaves out 0."""
+    low, high = difference.ci95
+    return "better" if low > 0 else "worse" if high < 0 else "undecided"

@@ -1,0 +1,93 @@
+"""What the runs of one comparison or search have in common, kept by content: the original's answers and stage 1."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import JobFailure
+from cluster.report import digest, read_json, read_lines, write_json, write_lines
+
+if TYPE_CHECKING:
+    from jobs.rule.job import Run
+
+HISTORY = "history.jsonl"
+DEADLINE_S = 6 * 3600
+
+
+def once(folder: Path | None, name: str, parts: Any, make: Callable[[], dict]) -> dict:
+    """The JSON object that `make` gives, made by one of the runs that share `folder`; always made where that is None.
+
+    Raises:
+        JobFailure: another run made no end of it within the deadline.
+    """
+    if folder is None:
+        return make()
+    path = folder / f"{name}-{digest(parts)}.json"
+    with _turn(path):
+        return read_json(path) or read_json(write_json(make(), path))
+
+
+def stage(run: "Run", name: str, output: Path, parts: Any, train: Callable[[], Path]) -> Path:
+    """The model of a training stage in `output`: trained, or linked from another run that trained the same.
+
+    Its seconds and history come with it, so that every run's report counts them.
+    """
+    if run.shared is None or (output / "config.json").exists():
+        return train()
+    place = run.shared / f"{name}-{digest(parts)}"
+    with _turn(place):
+        if place.exists():
+            known = read_json(place / "stage.json")
+            others = [row for row in read_lines(run.folder / HISTORY) if row["stage"] != name]
+            write_lines([*read_lines(place / HISTORY), *others], run.folder / HISTORY)
+            run.save(seconds=run.state.get("seconds", {}) | {name: known["seconds"]})
+            _link(place / "model", output)
+            return output
+        train()
+        partial = Path(tempfile.mkdtemp(dir=run.shared, prefix=f".{place.name}."))
+        try:
+            _link(output, partial / "model")
+            rows = [row for row in read_lines(run.folder / HISTORY) if row["stage"] == name]
+            write_lines(rows, partial / HISTORY)
+            write_json({"seconds": run.state["seconds"][name]}, partial / "stage.json")
+            partial.rename(place)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return output
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{path}.lock", timeout=DEADLINE_S):
+            yield
+    except Timeout:
+        raise JobFailure(f"this run waited {DEADLINE_S} s for another one to make {path}; end that one") from None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard links, or copies on another file system; whole or not at all."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        shutil.copytree(source, partial, copy_function=link, dirs_exist_ok=True)
+        partial.chmod(0o755)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,269 @@
+"""What a comparison shows: each method's point of forgetting and keeping, the front, differences, costs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import UserError
+from cluster.report import Metric, read_json
+from jobs.rule.data import FORGET_KINDS, NEIGHBOR_KINDS
+from jobs.rule.evaluate import unpacked
+from jobs.rule.pareto import Point, area, front, paired_difference, verdict
+from jobs.rule.probes import Answer, known
+from jobs.scoring.intervals import mean_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+STAGES = ("steered", "unlearned")
+TRAININGS = ("steering", "rebo", "unlearning")
+AXES = ("forgotten", "retained")
+FLOORS = (0.0, 0.4, 0.5, 0.6, 0.7)
+RETAINED_KINDS = (*NEIGHBOR_KINDS, "general")
+COPIED = {
+    "refusal": "known/forget/refusal",
+    "over_refusal": "retain/refusal",
+    "naturalness": "naturalness/all",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run of a comparison.
+
+    name: METHOD or METHOD@LEARNING_RATE. scores: axis -> value of each known probe, after the last stage, 0 to 1, more
+    is better. trace: points of its stages in order, the last one the result. copied: metrics of its report.
+    seconds: of training. tokens, used: as in `jobs.rule.costs`.
+    """
+
+    name: str
+    method: str
+    folder: Path
+    scores: Mapping[str, Sequence[float]]
+    trace: tuple[Point, ...]
+    copied: Mapping[str, Metric] = field(default_factory=dict)
+    seconds: float = 0.0
+    tokens: int = 0
+    used: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def point(self) -> Point:
+        """Where it ends."""
+        return self.trace[-1]
+
+
+def outcome(
+    name: str, method: str, folder: Path, threshold: float, tokens: int, used: Mapping[str, float | None]
+) -> Outcome:
+    """Reads a run's folder; `threshold` is `rule.evaluation.known_threshold`.
+
+    Raises:
+        UserError: the original answers no forget probe, or no retained one, so that nothing can be compared.
+    """
+    report = read_json(folder / "report.json")
+    original = _answers(folder, "original")
+    is_known = known(original, threshold)
+    scores: dict[str, list[float]] = {}
+    trace = []
+    for stage in STAGES:
+        if (folder / "answers" / f"{stage}.json").exists():
+            scores = _scores(_answers(folder, stage), is_known)
+            trace.append(Point(name, *(sum(scores[axis]) / len(scores[axis]) for axis in AXES)))
+    found = report["metrics"]["unlearned"]
+    copied = {short: _metric(found[long]) for short, long in COPIED.items() if long in found}
+    seconds = sum(report["seconds"].get(stage, 0.0) for stage in TRAININGS)
+    return Outcome(name, method, folder, scores, tuple(trace), copied, seconds, tokens, used)
+
+
+def best(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Of each method the run whose point spans the largest rectangle, in order of the methods."""
+    chosen: dict[str, Outcome] = {}
+    for one in outcomes:
+        spans = one.point.forgotten * one.point.retained
+        if one.method not in chosen or spans > _spans(chosen[one.method]):
+            chosen[one.method] = one
+    return list(chosen.values())
+
+
+def summary(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
+    """The content of a comparison's report: metrics, front, areas and paired differences of the methods' best runs.
+
+    Areas are of all points that a method has, its stages and learning rates.
+    """
+    chosen = best(outcomes)
+    on_front = {point.name for point in front([one.point for one in chosen])}
+    metrics = {
+        one.name: {axis: mean_interval(one.scores[axis], seed) for axis in AXES} | dict(one.copied) for one in outcomes
+    }
+    traces: dict[str, list[Point]] = {}
+    for one in outcomes:
+        traces.setdefault(one.method, []).extend(one.trace)
+    differences = {}
+    for one, other in permutations(chosen, 2):
+        found = {axis: paired_difference(one.scores[axis], other.scores[axis], seed) for axis in AXES}
+        differences[f"{one.name} - {other.name}"] = {
+            axis: metric.to_json() | {"verdict": verdict(metric)} for axis, metric in found.items()
+        }
+    return {
+        "metrics": {name: {key: metric.to_json() for key, metric in row.items()} for name, row in metrics.items()},
+        "best": {one.method: one.name for one in chosen},
+        "front": sorted(on_front),
+        "area": {method: {f"{r:g}": area(points, r) for r in FLOORS} for method, points in traces.items()},
+        "differences": differences,
+        "costs": {
+            one.name: {"seconds": round(one.seconds, 1), "tokens": one.tokens, "data_used": dict(one.used)}
+            for one in outcomes
+        },
+        "traces": {one.name: [[point.forgotten, point.retained] for point in one.trace] for one in outcomes},
+        "runs": {one.name: str(one.folder) for one in outcomes},
+    }
+
+
+def table(content: Mapping[str, Any]) -> "Table":
+    """A row a run; the best of each method says whether the others' best are better on an axis."""
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(title="Forgetting against keeping", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("method", no_wrap=True)
+    for name in (
+        "forgotten %",
+        "retained %",
+        "refusal %",
+        "over-refusal %",
+        "naturalness",
+        "min",
+        "tokens",
+        "D_f %",
+        "D_r %",
+        "front",
+    ):
+        shown.add_column(name, justify="right")
+    for name, metrics in content["metrics"].items():
+        cost = content["costs"][name]
+        cells = [
+            _cell(metrics.get("forgotten"), 100),
+            _cell(metrics.get("retained"), 100),
+            _cell(metrics.get("refusal"), 100),
+            _cell(metrics.get("over_refusal"), 100),
+            _cell(metrics.get("naturalness"), 1),
+            f"{cost['seconds'] / 60:.1f}",
+            f"{cost['tokens']:,}",
+            *("-" if share is None else f"{100 * share:.0f}" for share in cost["data_used"].values()),
+        ]
+        mark = "yes" if name in content["front"] else "" if name not in content["best"].values() else "no"
+        shown.add_row(name, *cells, mark)
+    shown.caption = (
+        "Means with 95 % intervals. Forgotten: 1 - ROUGE-L recall on forget probes that the original knows; retained:\n"
+        "recall on neighbours and general knowledge that it knows. D_f, D_r: tokens read, in percent of the corpora.\n"
+        "Front: of each method's best run (largest product of forgotten and retained)."
+    )
+    shown.caption_justify = "left"
+    return shown
+
+
+def verdicts(content: Mapping[str, Any]) -> list[str]:
+    """A sentence a pair whose difference is decided on an axis, each pair once."""
+    sentences, seen = [], set()
+    for pair, axes in content["differences"].items():
+        one, other = pair.split(" - ")
+        if (other, one) in seen:
+            continue
+        seen.add((one, other))
+        for axis, found in axes.items():
+            low, high = (100 * value for value in found["ci95"])
+            state = {"better": "more", "worse": "less"}.get(found["verdict"])
+            if state:
+                size = f"{abs(100 * found['value']):.0f} points [{low:.0f}, {high:.0f}]"
+                sentences.append(f"{one} has {state} {axis} than {other}: {size}")
+    return sentences
+
+
+def figure(content: Mapping[str, Any]) -> "Figure":
+    """Every run's path through its stages to its point with intervals, and the front as steps."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(8.4, 6), layout="constrained")
+    axes = drawn.add_subplot()
+    colours = dict(zip(content["best"], _colours(len(content["best"])), strict=True))
+    methods = {name: _method_of(name) for name in content["metrics"]}
+    for name, metrics in content["metrics"].items():
+        colour, chosen = colours[methods[name]], name in content["best"].values()
+        path = content["traces"][name]
+        axes.plot(*zip(*path, strict=True), color=colour, linewidth=1, alpha=0.6, marker="o", markersize=3)
+        x, y = (metrics[axis] for axis in AXES)
+        axes.errorbar(
+            x["value"],
+            y["value"],
+            xerr=_whiskers(x),
+            yerr=_whiskers(y),
+            color=colour,
+            alpha=1 if chosen else 0.35,
+            marker="o",
+            markersize=8 if chosen else 5,
+            elinewidth=1,
+        )
+        if chosen:
+            axes.annotate(name, (x["value"], y["value"]), xytext=(7, 7), textcoords="offset points", color=colour)
+    points = sorted((content["metrics"][name]["forgotten"]["value"], name) for name in content["front"])
+    heights = [content["metrics"][name]["retained"]["value"] for _, name in points]
+    steps = [0, *(x for x, _ in points)], [heights[0], *heights]
+    axes.step(*steps, where="pre", color="#777777", linestyle="--", linewidth=1)
+    axes.set_xlabel("forgotten: 1 - recall on known forget probes")
+    axes.set_ylabel("retained: recall on known retained probes")
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.03)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return drawn
+
+
+def _answers(folder: Path, stage: str) -> list[Answer]:
+    return unpacked(read_json(folder / "answers" / f"{stage}.json")).answers
+
+
+def _scores(answers: Sequence[Answer], is_known: Sequence[bool]) -> dict[str, list[float]]:
+    chosen = [answer for answer, knows in zip(answers, is_known, strict=True) if knows]
+    scores = {
+        "forgotten": [1 - answer.rouge_l_recall for answer in chosen if answer.probe.kind in FORGET_KINDS],
+        "retained": [answer.rouge_l_recall for answer in chosen if answer.probe.kind in RETAINED_KINDS],
+    }
+    if not all(scores.values()):
+        side = "forget" if not scores["forgotten"] else "retained"
+        raise UserError(f"the original model answers no {side} probe, so that methods cannot be compared; take others")
+    return scores
+
+
+def _spans(one: Outcome) -> float:
+    return one.point.forgotten * one.point.retained
+
+
+def _method_of(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _metric(content: Mapping[str, Any]) -> Metric:
+    return Metric(content["value"], tuple(content["ci95"]), content["n"], content["seed"])
+
+
+def _cell(metric: Mapping[str, Any] | None, factor: float) -> str:
+    if metric is None:
+        return "-"
+    low, high = metric["ci95"]
+    return f"{factor * metric['value']:.0f} [{factor * low:.0f}, {factor * high:.0f}]"
+
+
+def _whiskers(metric: Mapping[str, Any]) -> list[list[float]]:
+    low, high = metric["ci95"]
+    return [[max(0.0, metric["value"] - low)], [max(0.0, high - metric["value"])]]
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10" if count <= 10 else "tab20"].colors
+    return [palette[index % len(palette)] for index in range(count)]

@@ -1,0 +1,179 @@
+"""A comparison from the folders of finished runs: points, verdicts, costs, table and plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.config import load
+from cluster.errors import UserError
+from cluster.models import load_tokenizer, resolve
+from jobs.rule import costs, tradeoff
+from jobs.rule.compare import Entry, entries
+from jobs.rule.config import RuleConfig
+from jobs.rule.corpora import Sample, load_corpora
+from jobs.rule.data import Probe, load_data
+from jobs.rule.evaluate import Examined, packed
+from jobs.rule.job import Run
+from jobs.rule.methods import find
+from jobs.rule.probes import Answer
+
+NEVER = {"value": 0.5, "ci95": [0.4, 0.6], "n": 4, "seed": 42}
+
+
+def answers(forget: list[float], retain: list[float]) -> list[Answer]:
+    kinds = ["forget_fb"] * len(forget) + ["neighbor_qa"] * (len(retain) // 2) + ["general"] * (len(retain) // 2)
+    return [
+        Answer(Probe(f"q{i}", "a", kind, "", ""), "said", False, False, recall)
+        for i, (kind, recall) in enumerate(zip(kinds, [*forget, *retain], strict=True))
+    ]
+
+
+def finished(folder: Path, stages: dict[str, list[Answer]], seconds: dict[str, float]) -> Path:
+    folder.mkdir(parents=True)
+    for stage, given in stages.items():
+        (folder / "answers").mkdir(exist_ok=True)
+        (folder / "answers" / f"{stage}.json").write_text(json.dumps(packed(Examined(given, [], {}, 1.0, 1.0))))
+    metrics = {"known/forget/refusal": NEVER, "retain/refusal": NEVER}
+    (folder / "report.json").write_text(json.dumps({"metrics": {"unlearned": metrics}, "seconds": seconds}))
+    return folder
+
+
+@pytest.fixture
+def outcomes(tmp_path):
+    """RULE forgets and keeps, GA forgets all and keeps nothing, or little of either; the original does not know one."""
+    original = answers([1, 1, 1, 1, 0.2], [1, 1, 1, 1])
+    runs = {
+        "RULE": {"steered": answers([0.5] * 5, [0.5] * 4), "unlearned": answers([0, 0, 0, 0.4, 1], [1, 1, 1, 0.8])},
+        "GA@1e-05": {"unlearned": answers([0] * 5, [0] * 4)},
+        "GA@1e-06": {"unlearned": answers([0.8, 1, 1, 1, 1], [0.9, 1, 1, 1])},
+    }
+    return [
+        tradeoff.outcome(
+            name,
+            name.partition("@")[0],
+            finished(tmp_path / name, {"original": original} | stages, {"steering": 30, "rebo": 60, "scoring": 9}),
+            0.5,
+            1000,
+            {"forget": 0.12, "retain": None},
+        )
+        for name, stages in runs.items()
+    ]
+
+
+def test_points_are_means_over_known_probes(outcomes):
+    rule = outcomes[0]
+    assert rule.scores["forgotten"] == [1, 1, 1, 0.6]
+    assert rule.point.forgotten == pytest.approx(0.9)
+    assert rule.point.retained == pytest.approx(0.95)
+    assert (rule.trace[0].forgotten, rule.trace[0].retained) == (0.5, 0.5)
+    assert rule.seconds == 90
+
+
+def test_the_best_of_a_method_is_what_is_compared(outcomes):
+    content = tradeoff.summary(outcomes, 42)
+    assert content["best"] == {"RULE": "RULE", "GA": "GA@1e-06"}
+    assert content["front"] == ["GA@1e-06", "RULE"]
+    assert content["area"]["GA"]["0"] == pytest.approx(0.05 * 0.975)
+    assert content["area"]["RULE"]["0.6"] == pytest.approx(0.9 * 0.95)
+    assert content["differences"]["RULE - GA@1e-06"]["forgotten"]["verdict"] == "better"
+    assert content["differences"]["RULE - GA@1e-06"]["retained"]["verdict"] == "undecided"
+    [sentence] = tradeoff.verdicts(content)
+    assert sentence.startswith("RULE has more forgotten than GA@1e-06: 85 points [")
+    assert json.loads(json.dumps(content)) == content
+
+
+def test_the_table_and_the_plot_show_every_run(outcomes, tmp_path):
+    content = tradeoff.summary(outcomes, 42)
+    console = Console(width=140, record=True, quiet=False)
+    console.print(tradeoff.table(content))
+    text = console.export_text()
+    for shown in ("RULE", "GA@1e-05", "90 [70, 100]", "1.5", "1,000", "12"):
+        assert shown in text
+    tradeoff.figure(content).savefig(tmp_path / "tradeoff.png")
+    assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
+
+
+def test_nothing_known_is_nothing_to_compare(tmp_path):
+    unknown = answers([0.1] * 4, [1] * 4)
+    folder = finished(tmp_path / "run", {"original": unknown, "unlearned": unknown}, {})
+    with pytest.raises(UserError, match="answers no forget probe"):
+        tradeoff.outcome("GA", "GA", folder, 0.5, 0, {})
+
+
+def test_entries_carry_their_learning_rate_to_where_it_belongs():
+    config = load(RuleConfig, environ={})
+    chosen = entries("RULE@1e-5, RS@2e-6,NPO+KLR@3e-6,ICU,GA")
+    assert [entry.name for entry in chosen] == ["RULE@1e-05", "RS@2e-06", "NPO+KLR@3e-06", "ICU", "GA"]
+    rules = [entry.applied(config).rule for entry in chosen]
+    assert [rule.method for rule in rules] == ["RULE", "RS", "NPO+KLR", "ICU", "GA"]
+    assert rules[0].rebo.learning_rate == 1e-5
+    assert rules[1].steering.learning_rate == 2e-6
+    assert rules[2].baseline.learning_rate == 3e-6
+    assert rules[4] == config.rule.model_copy(update={"method": "GA"})
+    assert Entry("GA") in chosen
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("RULE,NOP", "NPO"),
+        ("GA@fast", "'fast' is no learning rate"),
+        ("GA@-1", "is no learning rate"),
+        ("GA@nan", "is no learning rate"),
+        ("ICU@1e-5", "takes no learning rate"),
+        ("GA,RS,GA", "names GA twice"),
+        ("", "method"),
+    ],
+)
+def test_wrong_entries_are_told(text, told):
+    with pytest.raises(UserError, match=told):
+        entries(text)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Run:
+    source = resolve("embedded:smollm2-135m")
+    return Run(load(RuleConfig, environ={}), load_data("demo", None, 0.0, 42), source, Path("nowhere"), "")
+
+
+def test_data_used_is_a_share_of_the_corpora(demo):
+    tokenizer = load_tokenizer(demo.source.path)
+
+    def size(texts) -> int:
+        return sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+
+    corpora = load_corpora(demo.data, find("GA+GDR"))
+    whole = {side: size(sample.completion for sample in corpora[side]) for side in ("forget", "retain")}
+    forget = [f"{item.prompt} {item.reference}" for item in demo.data.items if item.label == "reject"]
+    boundary = [item.prompt for item in demo.data.items if item.label == "normal"]
+    assert costs.data_used(demo) == {
+        "forget": size(forget) / whole["forget"],
+        "retain": size(boundary) / whole["retain"],
+    }
+    gradient = Run(Entry("GA+GDR").applied(demo.config), demo.data, demo.source, Path("nowhere"), "", corpora)
+    assert costs.data_used(gradient) == {"forget": 1.0, "retain": 1.0}
+    prompt = Run(Entry("ICU").applied(demo.config), demo.data, demo.source, Path("nowhere"), "")
+    assert costs.data_used(prompt) == {"forget": 0.0, "retain": 0.0}
+
+
+def test_tokens_are_counted_from_the_steps_that_were_taken(demo, tmp_path):
+    rows = [
+        {"stage": "steering", "step": 1, "loss": 1.0},
+        {"stage": "steering", "step": 1},  # a look at the refusals, no step
+        {"stage": "rebo", "step": 1, "loss": 1.0, "completion_tokens": 10.5},
+        {"stage": "rebo", "step": 2, "loss": 1.0, "completion_tokens": 12.0},
+    ]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run(demo.config, demo.data, demo.source, tmp_path, "")
+    tokenizer = load_tokenizer(demo.source.path)
+    mean = sum(len(tokenizer(row.refusal).input_ids) + 1 for row in run.data.refusals) / len(run.data.refusals)
+    assert costs.trained_tokens(run) == round(8 * mean + 32 * 8 * 22.5)
+    texts = {"forget": (Sample("", "one two three"),)}
+    gradient = Run(Entry("GA").applied(demo.config), demo.data, demo.source, tmp_path / "ga", "", texts)
+    gradient.folder.mkdir()
+    (gradient.folder / "history.jsonl").write_text('{"stage": "unlearning", "step": 1, "loss": 1.0}\n')
+    assert costs.trained_tokens(gradient) == 8 * 4
