@@ -167,12 +167,6 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def _turn(storage: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
@@ -268,7 +262,7 @@ def _ray_command(ports: Ports, temp: Path, num_cpus: int | None) -> list[str]:
         "dashboard-host": LOOPBACK,
         "dashboard-port": ports.dashboard,
         # Free ports, so that a second Ray on this machine is not met; 0 lets Ray choose where it can.
-        "ray-client-server-port": _free_port(),
+        "ray-client-server-port": processes.free_port(),
         "dashboard-agent-listen-port": 0,
         "dashboard-agent-grpc-port": 0,
         "min-worker-port": 0,

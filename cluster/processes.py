@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +39,13 @@ class Session:
             if owner == self.born:
                 found += psutil.Process(self.pid).children(recursive=True)
         return list(set(found))
+
+
+def free_port() -> int:
+    """A port of the loopback address that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def start(command: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> Session:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster import processes
 from cluster.config import Config
 from cluster.errors import JobFailure, UserError
 
@@ -69,8 +70,9 @@ def connected(config: Config) -> Iterator[None]:
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": True, "configure_logging": False}
     if address is None:
         cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, demanded)
-        # Its dashboard would take the port of `make up`, and nobody has the token for it.
-        options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
+        # The usual port is left to `make up`; without a dashboard Ray Tune would hang.
+        options |= {"dashboard_port": processes.free_port()}
     try:
         ray.init(address=address or "local", **options)
     except (ConnectionError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster import local
+from cluster import local, processes
 from cluster.errors import UserError
 
 
@@ -18,7 +18,7 @@ def test_a_record_that_is_none_is_told(tmp_path, record):
 
 
 def test_two_servers_cannot_share_a_port(tmp_path):
-    port = local._free_port()
+    port = processes.free_port()
     with pytest.raises(UserError, match="need a port each"):
         local.up(tmp_path, local.Ports(dashboard=port, mlflow=port))
     assert not (tmp_path / "cluster.json").exists()
