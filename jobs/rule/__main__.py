@@ -66,17 +66,20 @@ def evaluate(
     model: Annotated[
         Path | None, typer.Option(help="Model directory to compare with the original; none: only that.")
     ] = None,
+    gold: Annotated[
+        Path | None, typer.Option(help="Model directory that never saw what was to be forgotten, for forget quality.")
+    ] = None,
     profile: cli.Profile = None,
     config: cli.ConfigFile = None,
     sets: cli.Set = None,
     out: cli.Out = None,
     fresh: cli.Fresh = False,
 ) -> None:
-    """Every metric whose files lie in the data folder: probes, membership inference, utility sets, MUSE scores."""
+    """Every metric whose files lie in the data folder: probes, membership inference, utility sets, MUSE, TOFU."""
     loaded = load(RuleConfig, profile, config or [], sets or [])
     from jobs.rule import job
 
-    print(job.evaluate(loaded, model, out, fresh, _command()))
+    print(job.evaluate(loaded, model, gold, out, fresh, _command()))
 
 
 @app.command()

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from cluster.generation import Generator
 from cluster.models import context_length
 from cluster.report import Metric
-from jobs.rule import mia, muse, utility
+from jobs.rule import mia, muse, tofu, utility
 from jobs.rule.config import Evaluation
+from jobs.rule.tofu import TofuRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ class Benchmarks:
     knowmem_retain: muse.KnowMem | None
     verbmem: list[muse.VerbatimRow] | None
     privleak: tuple[list[str], list[str]] | None
+    tofu: dict[str, list[TofuRow]] | None
 
     def rows(self) -> dict[str, str]:
         """What pins their content: each benchmark that is there, as text."""
@@ -55,6 +57,7 @@ def load_benchmarks(folder: Path) -> Benchmarks:
         knowmem_retain=muse.load_knowmem(folder, "retain"),
         verbmem=muse.load_verbmem(folder),
         privleak=muse.load_privleak(folder),
+        tofu=tofu.load_tofu(folder),
     )
 
 
@@ -65,8 +68,8 @@ def run_benchmarks(
     tokenizer: "PreTrainedTokenizerBase",
     settings: Evaluation,
     seed: int,
-) -> dict[str, Metric]:
-    """Membership inference, utility sets and MUSE scores by name."""
+) -> tuple[dict[str, Metric], list[float]]:
+    """Membership inference, utility sets, MUSE and TOFU scores by name; and the truth ratios of TOFU's forget set."""
     budget, context = settings.max_batch_tokens, context_length(model)
     metrics: dict[str, Metric] = {}
     if data.membership:
@@ -99,7 +102,12 @@ def run_benchmarks(
         _tell("PrivLeak")
         scores = [mia.mia_scores(model, tokenizer, texts, max_batch_tokens=budget) for texts in data.privleak]
         metrics |= mia.priv_leak(*scores, seed)
-    return metrics
+    ratios: list[float] = []
+    if data.tofu:
+        _tell("TOFU")
+        found, ratios = tofu.score_tofu(model, engine, tokenizer, data.tofu, max_batch_tokens=budget, seed=seed)
+        metrics |= found
+    return metrics, ratios
 
 
 def _tell(name: str) -> None:

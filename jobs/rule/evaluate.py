@@ -1,8 +1,8 @@
 """One model asked everything: probes always, the likelihood and benchmark metrics where `evaluate` asks for them."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,13 +40,17 @@ class Examination:
 
 @dataclass(frozen=True)
 class Examined:
-    """What a model answered and what follows from it. `perplexities` are of the forget answers, under the original."""
+    """What a model answered and what follows from it.
+
+    `perplexities` are of the forget answers, under the original; `truth_ratios` of TOFU's forget set, if there is one.
+    """
 
     answers: list[Answer]
     perplexities: list[float]
     benchmarks: dict[str, Metric]
     seconds: float
     peak_memory_gib: float
+    truth_ratios: list[float] = field(default_factory=list)
 
 
 def check_lengths(model: Path, probes: Sequence[Probe], settings: Evaluation) -> None:
@@ -101,13 +105,13 @@ def examine(task: Examination) -> Examined:
         [answers[index].completion for index in asked],
         task.settings.max_batch_tokens,
     )
-    benchmarks = {}
+    benchmarks, ratios = {}, []
     if task.benchmarks is not None:
         from jobs.rule.benchmarks import run_benchmarks
 
         model = original if task.model == task.original else scoring_model(task.model)
-        benchmarks = run_benchmarks(task.benchmarks, model, engine, tokenizer, task.settings, task.seed)
-    return Examined(answers, fluency, benchmarks, time.perf_counter() - start, peak_memory_gib())
+        benchmarks, ratios = run_benchmarks(task.benchmarks, model, engine, tokenizer, task.settings, task.seed)
+    return Examined(answers, fluency, benchmarks, time.perf_counter() - start, peak_memory_gib(), ratios)
 
 
 def _with_entailment(answers: list[Answer], task: Examination, device: str) -> list[Answer]:
@@ -125,6 +129,15 @@ def score(
     metrics |= _kept(examined.answers, original, is_known, seed)
     metrics |= _naturalness(examined, subject, settings, dictionary, seed)
     return metrics | examined.benchmarks
+
+
+def forget_qualities(examined: Mapping[str, Examined], seed: int) -> dict[str, Metric]:
+    """TOFU's forget quality of each stage against the stage "gold"; nothing without one."""
+    from jobs.rule.tofu import forget_quality
+
+    gold = examined["gold"].truth_ratios if "gold" in examined else []
+    others = {stage: one.truth_ratios for stage, one in examined.items() if stage != "gold"}
+    return {stage: forget_quality(ratios, gold, seed) for stage, ratios in others.items() if ratios and gold}
 
 
 def _kept(

@@ -23,7 +23,16 @@ from jobs.rule.boundary import with_boundary
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import Probe, RuleData, load_data, read_items
-from jobs.rule.evaluate import Examination, Examined, check_lengths, examine, packed, score, unpacked
+from jobs.rule.evaluate import (
+    Examination,
+    Examined,
+    check_lengths,
+    examine,
+    forget_qualities,
+    packed,
+    score,
+    unpacked,
+)
 from jobs.rule.in_context import prompted
 from jobs.scoring.entailment import resolve_entailment
 from jobs.scoring.judge import Judge
@@ -99,15 +108,25 @@ def main(
 
 
 def evaluate(
-    config: RuleConfig, model: Path | None, out: Path | None = None, fresh: bool = False, command: str = ""
+    config: RuleConfig,
+    model: Path | None,
+    gold: Path | None = None,
+    out: Path | None = None,
+    fresh: bool = False,
+    command: str = "",
 ) -> Path:
-    """Every metric of RULE 1.5 whose files are there, for the original model and for `model`; returns report.json."""
+    """Every metric of RULE 1.5 whose files are there, for the original and for `model`; returns report.json.
+
+    `gold` is a model that never saw what was to be forgotten: it is asked the same, and TOFU's forget quality compares
+    the others with it.
+    """
     with paths_named():
-        checkpoint = None if model is None else models.resolve(str(model))
-        pinned = digest(None if checkpoint is None else [checkpoint.name, checkpoint.version])
+        named = {"unlearned": model, "gold": gold}
+        checkpoints = {stage: models.resolve(str(path)) for stage, path in named.items() if path is not None}
+        pinned = digest([[stage, one.name, one.version] for stage, one in checkpoints.items()])
         run = prepare(config, out, command, what=f"evaluate-{pinned[:6]}", benchmarked=True)
-        if checkpoint is not None:
-            check_lengths(checkpoint.path, chosen_probes(run), config.rule.evaluation)
+        for one in checkpoints.values():
+            check_lengths(one.path, chosen_probes(run), config.rule.evaluation)
         claim(run, fresh)
     finished = run.folder / "report.json"
     if finished.exists():
@@ -115,8 +134,8 @@ def evaluate(
         return finished
     with exclusively(run.folder), session.connected(config), tracked(run, "rule-evaluate") as tracker:
         examined = {"original": evaluated(run, "original", run.source.path)}
-        if checkpoint is not None:
-            examined["unlearned"] = evaluated(run, "unlearned", checkpoint.path)
+        for stage, one in checkpoints.items():
+            examined[stage] = evaluated(run, stage, one.path)
         return conclude(run, tracker, examined, None)
 
 
@@ -276,6 +295,8 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
             stage: score(one, original, run.data.target, rule.evaluation, run.source.path, rule.seed)
             for stage, one in examined.items()
         }
+        for stage, quality in forget_qualities(examined, rule.seed).items():
+            metrics[stage]["tofu/forget_quality"] = quality
     history = read_lines(folder / training.HISTORY)
     content = {
         "system": "rule",

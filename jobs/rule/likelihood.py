@@ -59,6 +59,21 @@ def token_logprobs(
     return logprobs
 
 
+def greedy_matches(
+    model: PreTrainedModel, sequences: Sequence[list[int]], prompt_lengths: Sequence[int], max_batch_tokens: int
+) -> list[Tensor]:
+    """Whether each token after the prompt is the likeliest one after what stands before it, shape (length - prompt,).
+
+    Args, order and errors: as `token_logprobs`.
+    """
+    matches = [torch.empty(0, dtype=torch.bool)] * len(sequences)
+    for rows, hidden, targets, lengths in _continuations(model, sequences, prompt_lengths, max_batch_tokens):
+        chunks = [(_logprobs(model, some).argmax(-1) == ids).cpu() for some, ids in _chunks(model, hidden, targets)]
+        for row, values in zip(rows, torch.cat(chunks).split(lengths), strict=True):
+            matches[row] = values
+    return matches
+
+
 def token_scores(
     model: PreTrainedModel, sequences: Sequence[list[int]], prompt_lengths: Sequence[int], max_batch_tokens: int
 ) -> list[TokenScores]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which people with any colour blindness tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9A9A9A"
-STAGE_COLOURS = {"original": GREY, "steered": ORANGE, "unlearned": BLUE}
+STAGE_COLOURS = {"original": GREY, "steered": ORANGE, "unlearned": BLUE, "gold": GREEN}
 STEP_PARTS = ("rollout", "reward", "reference", "update", "sync")
 
 History = Sequence[Mapping[str, Any]]

@@ -27,7 +27,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
-STAGES = {"original": "original", "steered": "after stage 1", "unlearned": "unlearned"}
+STAGES = {"original": "original", "steered": "after stage 1", "unlearned": "unlearned", "gold": "never saw it"}
 MEASURES = {"refusal": "refusal", "refusal_rule": "RULE refusal", "rouge_l_recall": "ROUGE-L"}
 KINDS = (
     "forget",

@@ -139,9 +139,16 @@ def test_the_same_command_again_says_that_it_is_finished(finished):
 
 def test_a_model_that_never_met_the_target_knows_nothing_of_it(world, tmp_path):
     worded = commands.settings(world, {"rule.evaluation.prompt_form": "rwku"})
-    evaluated = commands.rule(tmp_path, "evaluate", "--model", str(world.gold), *worded)
+    gold = str(world.gold)
+    evaluated = commands.rule(tmp_path, "evaluate", "--model", gold, "--gold", gold, *worded)
     assert evaluated.returncode == 0, evaluated.stdout[-4000:] + evaluated.stderr[-4000:]
     metrics = json.loads(Path(evaluated.stdout.splitlines()[-1]).read_text())["metrics"]
     assert metrics["original"]["forget/rouge_l_recall"]["value"] > 0.9
     assert metrics["unlearned"]["forget/rouge_l_recall"]["value"] < 0.2
     assert metrics["unlearned"]["retain/rouge_l_recall"]["value"] > 0.9
+    assert metrics["unlearned"]["tofu/forget_quality"]["value"] == pytest.approx(1)
+    assert metrics["original"]["tofu/forget_quality"]["value"] < 1e-3
+    assert metrics["original"]["tofu/exact_memorization"]["value"] > 0.9
+    assert metrics["unlearned"]["tofu/extraction_strength"]["value"] < 0.5
+    for stage in ("original", "unlearned"):
+        assert metrics[stage]["tofu/model_utility"]["value"] > 0.7

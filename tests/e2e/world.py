@@ -286,11 +286,33 @@ def write_data(folder: Path) -> Path:
             for kind, forms in QUESTIONS.items()
             for form in forms[:-1]
         ],
+        "forget_perturbed": _perturbed([TARGET]),
+        "retain_perturbed": _perturbed(PEOPLE[2::4]),
+        "real_authors_perturbed": _perturbed(PEOPLE[4::4]),
+        "world_facts_perturbed": [
+            {"question": question, "answer": answer, "perturbed_answer": [other for _, other in GENERAL[:3]]}
+            for question, answer in GENERAL[3:]
+        ],
         "general_qa": [{"query": question, "answer": answer} for question, answer in GENERAL],
     }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return folder
+
+
+def _perturbed(people: Sequence[str]) -> list[dict]:
+    """TOFU's rows: every question of these people with its answer and three wrong ones."""
+    known = facts()
+    return [
+        {
+            "question": form.format(person),
+            "answer": known[person][kind],
+            "perturbed_answer": [value for value in VALUES[kind] if value != known[person][kind]][:3],
+        }
+        for person in people
+        for kind, forms in QUESTIONS.items()
+        for form in forms
+    ]
 
 
 def sentences(person: str) -> list[str]:
