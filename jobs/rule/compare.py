@@ -48,7 +48,7 @@ class Entry:
     @property
     def name(self) -> str:
         """METHOD or METHOD@LEARNING_RATE."""
-        return self.method if self.learning_rate is None else f"{self.method}@{self.learning_rate:g}"
+        return self.method if self.learning_rate is None else f"{self.method}@{self.learning_rate}"
 
     def applied(self, config: RuleConfig) -> RuleConfig:
         """The configuration of its run."""

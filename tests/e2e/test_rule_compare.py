@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.e2e import commands
 from tests.e2e.commands import alive, wait
+from tests.e2e.world import TARGET
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-METHODS = "ICU,RS,RULE,GA@1e30"
-FAST = {"rule.rebo.steps": 6, "train.max_failures": 1}
+METHODS = "ICU,RS,RT@1e-3,RULE,GA@1e30"
+FINISHED = {"ICU": "ICU", "RS": "RS", "RT@0.001": "RT-at-0.001", "RULE": "RULE"}
+FAST = {
+    "rule.rebo.steps": 6,
+    "rule.baseline.warmup_steps": 0,
+    "rule.baseline.schedule": "constant",
+    "rule.baseline.batch_size": 4,
+    "rule.baseline.epochs": 4,
+    "train.max_failures": 1,
+}
 
 
 @pytest.fixture(scope="module")
 def compared(world, tmp_path_factory):
-    """The folder of a comparison whose driver was killed once, and what the second one printed."""
+    """The folder of a comparison whose driver was killed once, and how the second one ended."""
     storage = tmp_path_factory.mktemp("compare")
     arguments = ("compare", "--methods", METHODS, *commands.settings(world, FAST), "--out", str(storage / "all"))
     first = commands.start_rule(storage, *arguments)
@@ -39,42 +49,63 @@ def compared(world, tmp_path_factory):
     return storage / "all", process
 
 
+@pytest.fixture(scope="module")
+def reports(compared) -> dict[str, dict]:
+    folder, _ = compared
+    return {name: json.loads((folder / "runs" / slug / "report.json").read_text()) for name, slug in FINISHED.items()}
+
+
 def test_what_was_finished_stays_and_the_rest_is_done(compared):
     folder, process = compared
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     assert "[ICU] is finished" in process.stdout
     assert process.stdout.splitlines()[-1] == str(folder / "report.json")
     report = json.loads((folder / "report.json").read_text())
-    assert list(report["metrics"]) == ["ICU", "RS", "RULE"]
-    assert report["best"] == {"ICU": "ICU", "RS": "RS", "RULE": "RULE"}
+    assert list(report["metrics"]) == list(FINISHED)
+    assert list(report["best"].values()) == list(FINISHED)
     assert report["differences"]["RULE - RS"]["forgotten"]["verdict"] == "better"
     # a model of this size has never followed an instruction, and loses its way behind one
     assert report["differences"]["RULE - ICU"]["retained"]["verdict"] == "better"
     assert "RULE" in report["front"]
-    assert "ICU" not in report["front"]
     assert (folder / "plots" / "tradeoff.png").stat().st_size > 10_000
 
 
-def test_a_method_that_diverges_is_recorded_and_tried_once(compared):
+def test_every_method_is_measured_as_rule_is(compared, reports):
+    folder, _ = compared
+    for name, report in reports.items():
+        method = name.partition("@")[0]
+        assert report["method"] == method
+        assert report["metrics"]["original"]["known/forget/rouge_l_recall"]["value"] > 0.95
+        card = (folder / "runs" / FINISHED[name] / "model" / "README.md").read_text()
+        assert f"made by {method} to forget **{TARGET}**" in card
+    assert set(reports["RS"]["metrics"]) == set(reports["RT@0.001"]["metrics"]) == {"original", "unlearned"}
+    for name in ("RS", "RT@0.001"):
+        metrics = reports[name]["metrics"]["unlearned"]
+        assert metrics["known/forget/refusal"]["value"] > 0.2
+        assert metrics["known/forget/rouge_l_recall"]["value"] < 0.8
+    assert "unlearning" not in reports["ICU"]["seconds"]
+
+
+def test_a_method_that_diverges_is_recorded_tried_once_and_leaves_no_model(compared):
     folder, process = compared
     report = json.loads((folder / "report.json").read_text())
     assert list(report["failures"]) == ["GA@1e+30"]
-    assert "GA diverged at step" in report["failures"]["GA@1e+30"]
+    told = report["failures"]["GA@1e+30"]
+    assert told.startswith("GA diverged at step")
+    assert "rule.baseline.learning_rate" in told
+    assert "exit status 1" in told
     assert "GA@1e+30 failed: " in process.stdout
-    log = next(path for path in (folder / "runs").glob("GA*.log")).read_text()
-    assert log.count("unlearning step 1/") <= 1
+    log = Path(told.rpartition("; ")[2].removesuffix(")"))
+    assert log.read_text().count("unlearning step 1/") == 1
+    assert not (log.with_suffix("") / "model").exists()
 
 
-def test_stage_one_and_the_original_are_asked_once(compared):
+def test_stage_one_and_the_original_are_asked_once(compared, reports):
     folder, _ = compared
-    shared = sorted(path.name for path in (folder / "shared").iterdir() if not path.name.endswith(".lock"))
+    shared = [path.name for path in (folder / "shared").iterdir() if not path.name.endswith(".lock")]
     assert len(shared) == 2, shared
-    reports = {name: json.loads((folder / "runs" / name / "report.json").read_text()) for name in ("RS", "RULE")}
     assert reports["RS"]["seconds"]["steering"] == reports["RULE"]["seconds"]["steering"]
     same = (folder / "runs" / "RS" / "model" / "model.safetensors").read_bytes()
     assert (folder / "runs" / "RULE" / "steered" / "model.safetensors").read_bytes() == same
-    assert (
-        "evaluation of original" in reports["RS"]["seconds"]
-        or "evaluation of original" in json.loads((folder / "runs" / "ICU" / "report.json").read_text())["seconds"]
-    )
-    assert "evaluation of original" not in reports["RULE"]["seconds"]
+    asked = [name for name, report in reports.items() if "evaluation of original" in report["seconds"]]
+    assert asked == ["ICU"]

@@ -1,4 +1,7 @@
-"""`python -m jobs.rule run --method NAME` in a world of made-up people: other methods under the same entry."""
+"""`python -m jobs.rule run --method NAME` among made-up people: other methods under the same entry, and RULE's variants.
+
+RT, RS, ICU and a method that diverges are in test_rule_compare.py.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,7 @@ CHANGES = {
         "train.num_workers": 2,
         "train.tokens_per_row": 60,
     },
-    "RT": {"rule.baseline.learning_rate": 1e-3, "rule.baseline.epochs": 4},
     "RMU": {"rule.baseline.learning_rate": 1e-2, "rule.baseline.epochs": 4, "rule.baseline.rmu_alpha": 1},
-    "ICU": {},
-    "RS": {},
 }
 
 
@@ -41,16 +41,11 @@ def test_a_method_trains_and_is_measured_as_rule_is(method, world, tmp_path):
     assert set(report["metrics"]) == {"original", "unlearned"}
     known = {stage: metrics["known/forget/rouge_l_recall"]["value"] for stage, metrics in report["metrics"].items()}
     assert known["original"] > 0.95
-    if method == "ICU":  # a model that never saw an instruction does not follow one
-        assert "unlearning" not in report["seconds"]
-    else:
-        assert known["unlearned"] < known["original"] - 0.2
+    assert known["unlearned"] < known["original"] - 0.2
     if method == "NPO+KLR":  # nothing has moved yet: 2 / beta * ln 2, and no divergence
         losses = [row["loss"] for row in commands.history(tmp_path, "unlearning")]
         assert losses[0] == pytest.approx(10 * math.log(2), rel=1e-3)
         assert losses[-1] < losses[0]
-    if method in ("RS", "RT"):
-        assert report["metrics"]["unlearned"]["known/forget/refusal"]["value"] > 0.2
     card = (commands.run_folder(tmp_path) / "model" / "README.md").read_text()
     assert f"made by {method} to forget **{TARGET}**" in card
     assert printed.splitlines()[-1].endswith("report.json")
@@ -73,12 +68,3 @@ def test_rule_without_its_first_stage_and_with_fewer_boundary_questions(world, t
     rows = commands.history(tmp_path, "rebo")
     assert [row["zero_advantage_groups"] for row in rows] == [0, 0, 0]
     assert not commands.history(tmp_path, "steering")
-
-
-def test_a_method_that_diverges_says_so_and_leaves_no_model(world, tmp_path):
-    settings = commands.settings(world, FAST | {"rule.baseline.learning_rate": 1e30})
-    process = commands.rule(tmp_path, "run", "--method", "GA", *settings)
-    assert process.returncode == 1
-    assert "GA diverged at step" in process.stderr.splitlines()[-1]
-    assert "rule.baseline.learning_rate" in process.stderr.splitlines()[-1]
-    assert not (commands.run_folder(tmp_path) / "model").exists()
