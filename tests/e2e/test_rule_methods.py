@@ -1,4 +1,4 @@
-"""`python -m jobs.rule run --method NAME` among made-up people: other methods under the same entry, and RULE's variants.
+"""`python -m jobs.rule run --method NAME` among made-up people: methods that read texts, and variants of RULE.
 
 RT, RS, ICU and a method that diverges are in test_rule_compare.py.
 """
