@@ -135,7 +135,8 @@ def load(
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise UserError(f"--set {assignment} is not of the form section.key=value")
-        values = laid(_nest(key.strip(), text, f"--set {assignment}"), f"--set {assignment}")
+        origin = f"--set {assignment if len(assignment) <= 200 else f'{assignment[:197]}...'}"
+        values = laid(_nest(key.strip(), text, origin), origin)
     mine = {key: value for key, value in values.items() if key in schema.model_fields or not _is_another_system(key)}
     try:
         config = schema.model_validate(mine)
@@ -224,7 +225,7 @@ def _nest(key: str, text: str, origin: str) -> dict:
     try:
         value: Any = yaml.safe_load(text) if text else ""
     except (yaml.YAMLError, ValueError):
-        raise UserError(f"{origin}: '{text}' is not a YAML value; quote it") from None
+        raise UserError(f"{origin}: {reprlib.repr(text)} is not a YAML value; quote it") from None
     _require_names(value, origin)
     for part in reversed(key.split(".")):
         value = {part: value}

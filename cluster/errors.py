@@ -1,4 +1,4 @@
-"""The two ways a job can end badly."""
+"""The ways in which a job can end badly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,10 @@ class UserError(Exception):
 
 class JobFailure(Exception):
     """A failure of the job itself, told as its root cause in one sentence. Exit status 1."""
+
+
+class Diverged(JobFailure):
+    """A training whose numbers are none any more: it comes to that again however often it is restarted."""
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Text generation behind one small interface; engines: transformers (here) and vLLM (`cluster.vllm_engine`)."""
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.errors import JobFailure
+from cluster.errors import Diverged
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -224,10 +225,13 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 
 def stopped_after(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int], stop: tuple[str, ...]) -> int | None:
     """Number of tokens up to the first one that completes a stop string, as `cut` counts; None where none does."""
-    for count in range(1, len(token_ids) + 1) if stop else ():
-        if _has_stop(tokenizer.decode(token_ids[:count], skip_special_tokens=True), stop):
-            return count
-    return None
+
+    def stopped(count: int) -> bool:
+        return _has_stop(tokenizer.decode(token_ids[:count], skip_special_tokens=True), stop)
+
+    if not stop or not stopped(len(token_ids)):
+        return None
+    return 1 + bisect.bisect_left(range(1, len(token_ids) + 1), True, key=stopped)
 
 
 def _has_stop(text: str, stop: tuple[str, ...]) -> bool:
@@ -260,7 +264,7 @@ def _inverse(logits: "torch.Tensor", uniform: "torch.Tensor", temperature: float
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
     if not torch.isfinite(total).all():
-        raise JobFailure("the model's logits are no numbers any more: training diverged; lower the learning rate")
+        raise Diverged("the model's logits are no numbers any more: training diverged; lower the learning rate")
     # rounding must not lift the level to the total, where only tokens of probability 0 are left
     level = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, level, right=True).squeeze(-1)

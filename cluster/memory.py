@@ -331,7 +331,7 @@ def _rollout_rows(
     element = FLOAT32
     if train.precision == "bfloat16":
         element = 2
-        yield MemoryRow("policy that generates", shape.parameters * element, "always", "copy in bfloat16")
+        yield MemoryRow("policy that generates", shape.parameters * element, "rollout", "copy in bfloat16")
     yield MemoryRow(
         "KV cache", sequences * rollouts.tokens * _kv(shape, element), "rollout", f"{sequences} x {rollouts.tokens}"
     )

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from cluster.cli import root_cause
 from cluster.config import Lora, Train
-from cluster.errors import JobFailure, UserError
+from cluster.errors import Diverged, JobFailure, UserError
 from cluster.report import read_json, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
@@ -299,14 +299,14 @@ def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, 
 
 
 def _told_once(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, final: Path) -> None:
-    """A mistake, or weights that diverge, come again however often the group is restarted: it ends at once then."""
+    """A group that is restarted after its training diverged would diverge again: it ends at once."""
     earlier = read_json(final)
     if earlier is not None:
-        raise {"UserError": UserError, "JobFailure": JobFailure}[earlier["kind"]](earlier["message"])
+        raise Diverged(earlier["message"])
     try:
         worker(task, recorder)
-    except (UserError, JobFailure) as error:
-        write_json({"kind": type(error).__name__, "message": str(error)}, final)
+    except Diverged as error:
+        write_json({"message": str(error)}, final)
         raise
 
 

@@ -91,9 +91,9 @@ def passages(
 ) -> None:
     """Have the original model write the texts that the baselines train on; others.json in the data names the others."""
     loaded = load(RuleConfig, profile, config or [], sets or [])
-    from jobs.rule import job
+    from jobs.rule import passages as texts
 
-    for path in job.passages(loaded, out):
+    for path in texts.passages(loaded, out):
         print(path)
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from cluster import training
 from cluster.config import Train
-from cluster.errors import JobFailure
+from cluster.errors import Diverged
 from cluster.models import chat_ids, load_model, load_tokenizer
 from jobs.rule import methods
 from jobs.rule.config import Baseline
@@ -120,7 +120,7 @@ class BaselineTrainer(Trainer):
             if self.method.retain_term is not None:
                 loss = loss + self.settings.retain_coefficient * retain_loss(step, self.method.retain_term)
         if not torch.isfinite(loss):
-            raise JobFailure(
+            raise Diverged(
                 f"{self.method.name} diverged at step {self.state.global_step + 1}: its loss is {loss.item()}; "
                 f"lower rule.baseline.learning_rate = {self.settings.learning_rate}"
             )

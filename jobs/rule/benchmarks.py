@@ -1,4 +1,4 @@
-"""RWKU's and MUSE's measures beyond the probes: every one whose files lie in the data folder."""
+"""RWKU's, MUSE's and TOFU's measures beyond the probes: every one whose files lie in the data folder."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -68,6 +68,7 @@ def run_benchmarks(
     tokenizer: "PreTrainedTokenizerBase",
     settings: Evaluation,
     seed: int,
+    stop: tuple[str, ...] = (),
 ) -> tuple[dict[str, Metric], list[float]]:
     """Membership inference, utility sets, MUSE and TOFU scores by name; and the truth ratios of TOFU's forget set."""
     budget, context = settings.max_batch_tokens, context_length(model)
@@ -86,11 +87,13 @@ def run_benchmarks(
     for name, rows, score in (
         ("BBH", data.bbh, utility.score_bbh),
         ("TriviaQA", data.trivia, utility.score_trivia),
-        ("fluency", data.fluency, utility.score_fluency),
     ):
         if rows:
             _tell(name)
             metrics |= score(engine, tokenizer, rows, context=context, seed=seed)
+    if data.fluency:
+        _tell("fluency")
+        metrics |= utility.score_fluency(engine, tokenizer, data.fluency, context=context, seed=seed, stop=stop)
     for split, questions in zip(SPLITS, (data.knowmem_forget, data.knowmem_retain), strict=True):
         if questions:
             _tell(f"KnowMem {split}")
@@ -105,7 +108,9 @@ def run_benchmarks(
     ratios: list[float] = []
     if data.tofu:
         _tell("TOFU")
-        found, ratios = tofu.score_tofu(model, engine, tokenizer, data.tofu, max_batch_tokens=budget, seed=seed)
+        found, ratios = tofu.score_tofu(
+            model, engine, tokenizer, data.tofu, max_batch_tokens=budget, seed=seed, stop=stop
+        )
         metrics |= found
     return metrics, ratios
 

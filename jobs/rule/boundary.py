@@ -45,9 +45,10 @@ def with_boundary(data: RuleData, settings: Boundary, seed: int, read: Reader) -
         if wanted > len(boundary) and settings.kind == "near":
             boundary += _more(data, boundary, settings, read)
         if wanted > len(boundary):
+            remedy = f", or add {MORE_FILES.replace('*', '5.0')}" if settings.kind == "near" else ""
             raise UserError(
                 f"rule.boundary.ratio = {settings.ratio:g} asks for {wanted} boundary questions, and there are "
-                f"{len(boundary)} for {len(forget)} forget questions; lower it, or add {MORE_FILES.replace('*', '5.0')}"
+                f"{len(boundary)} for {len(forget)} forget questions; lower it{remedy}"
             )
         kept = set(random.Random(seed).sample(range(len(boundary)), wanted))
         boundary = [item for index, item in enumerate(boundary) if index in kept]

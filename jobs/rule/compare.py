@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from cluster import session
-from cluster.config import ENVIRONMENT_PREFIX
+from cluster.config import ENVIRONMENT_PREFIX, STORAGE_VARIABLE
 from cluster.errors import JobFailure, UserError, paths_named
 from cluster.report import digest, machine, read_json, write_json
 from cluster.tracking import git_commit, masked
@@ -35,7 +35,7 @@ PROGRESS = re.compile(r"step \d+/\d+|evaluation[ :]|error: ")
 WORKER = re.compile(r"^\x1b\[\d+m\([^)]*\)\x1b\[0m ")  # how Ray begins a line of a worker
 END_GRACE_S = 60
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None)
+_PRCTL = ctypes.CDLL(None).prctl  # found now: after a fork nothing may be loaded
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,10 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 env=environment,
+                start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
             self._running.append(process)
@@ -130,7 +132,7 @@ class Processes:
 
 def _end_with_parent() -> None:
     # A killed driver cannot end its runs, and they would hold their folders against the next one.
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    _PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def compare(config: RuleConfig, chosen: Sequence[Entry], out: Path | None, fresh: bool, command: str) -> Path:
@@ -141,11 +143,16 @@ def compare(config: RuleConfig, chosen: Sequence[Entry], out: Path | None, fresh
         JobFailure: no method finished.
     """
     with paths_named():
-        what = f"compare-{digest([entry.name for entry in chosen])[:6]}"
-        run = job.prepare(config, out, command, what=what)
-        for entry in chosen:
-            stages.check(job.prepare(entry.applied(config), run.folder / "runs" / _slug(entry), command))
+        # what the runs read is part of what is compared
+        own = {entry: job.prepare(entry.applied(config), None, command) for entry in chosen}
+        for prepared in own.values():
+            stages.check(prepared)
+        identities = [[entry.name, prepared.state["identity"]] for entry, prepared in own.items()]
+        run = job.prepare(config, out, command, what=f"compare-{digest(identities)[:6]}")
+        for entry, prepared in own.items():
+            prepared.folder = run.folder / "runs" / slug(entry)
         job.claim(run, fresh)
+    run.shared = run.folder / "shared"
     known = read_json(run.folder / "report.json")
     if known is not None and not known["failures"]:
         print(f"this comparison is finished (--fresh starts it over): {run.folder}")
@@ -156,12 +163,25 @@ def compare(config: RuleConfig, chosen: Sequence[Entry], out: Path | None, fresh
         session.connected(config),
         job.tracked(run, "rule-compare") as tracker,
     ):
-        failures = _train(run, chosen)
+        original = job.evaluated(run, "original", run.source.path)
+        threshold = config.rule.evaluation.known_threshold
+        tradeoff.require_known(original.answers, threshold)
+        failures = _train(run, own)
         finished = [entry for entry in chosen if entry.name not in failures]
         if not finished:
             raise JobFailure(f"no method finished; the first: {next(iter(failures.values()))}")
-        outcomes = [_outcome(run, entry) for entry in finished]
-        content = _content(run, chosen, failures) | tradeoff.summary(outcomes, config.rule.seed)
+        outcomes = [
+            tradeoff.outcome(
+                entry.name,
+                entry.method,
+                own[entry].folder,
+                threshold,
+                costs.trained_tokens(own[entry]),
+                costs.data_used(own[entry]),
+            )
+            for entry in finished
+        ]
+        content = _content(run, own, failures) | tradeoff.summary(outcomes, config.rule.seed)
         content["mlflow"] = {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id}
         for order, entry in enumerate(finished):
             flat = {name: metric["value"] for name, metric in content["metrics"][entry.name].items()}
@@ -186,47 +206,52 @@ def show(content: dict[str, Any]) -> None:
         console.print(sentence, soft_wrap=True, highlight=False)
 
 
-def _train(run: job.Run, chosen: Sequence[Entry]) -> dict[str, str]:
+def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
     """Runs every entry without a report, a process each; returns why entries failed."""
     import ray
 
     address = ray.get_runtime_context().gcs_address
     processes = Processes()
-    slots = _slots(run.config, ray.cluster_resources())
-    with ThreadPoolExecutor(min(slots, len(chosen))) as pool:
+    slots = _slots(own.values(), ray.cluster_resources())
+    with ThreadPoolExecutor(min(slots, len(own))) as pool:
         try:
-            results = list(pool.map(lambda entry: _run(run, entry, address, processes), chosen))
+            results = list(pool.map(lambda entry: _run(entry, own[entry], run.shared, address, processes), own))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             processes.end()
             raise
-    return {entry.name: why for entry, why in zip(chosen, results, strict=True) if why is not None}
+    return {entry.name: why for entry, why in zip(own, results, strict=True) if why is not None}
 
 
-def _slots(config: RuleConfig, resources: dict[str, float]) -> int:
-    train = config.train
-    slots = int(resources.get("CPU", 1) // (train.num_workers * train.cpus_per_worker))
+def _slots(runs: Iterable[job.Run], resources: Mapping[str, float]) -> int:
+    """How many runs the cluster's processors, GPUs and, as far as this node tells, memory hold at once."""
+    runs = list(runs)
+    train = runs[0].config.train
+    slots = resources.get("CPU", 1) // (train.num_workers * train.cpus_per_worker)
     if train.gpus_per_worker:
-        slots = min(slots, int(resources.get("GPU", 0) // (train.num_workers * train.gpus_per_worker)))
-    return max(1, slots)
+        slots = min(slots, resources.get("GPU", 0) // (train.num_workers * train.gpus_per_worker))
+    for run in runs:
+        for memory in stages.plan(run).memory.values():
+            if memory.place == "memory" and memory.present is not None:
+                slots = min(slots, memory.present // memory.needed)
+    return max(1, int(slots))
 
 
-def _run(run: job.Run, entry: Entry, address: str, processes: Processes) -> str | None:
+def _run(entry: Entry, own: job.Run, shared: Path, address: str, processes: Processes) -> str | None:
     """Trains and evaluates one entry unless that is done; returns what it said where it failed."""
-    folder = run.folder / "runs" / _slug(entry)
-    if (folder / "report.json").exists():
+    if (own.folder / "report.json").exists():
         print(f"[{entry.name}] is finished", flush=True)
         return None
-    config = entry.applied(run.config)
-    cluster = config.cluster.model_copy(update={"address": address, "storage": str(session.storage(config))})
-    written = folder.with_suffix(".yaml")
-    written.parent.mkdir(parents=True, exist_ok=True)
-    written.write_text(yaml.safe_dump(config.model_copy(update={"cluster": cluster}).model_dump()), encoding="utf-8")
-    command = [sys.executable, "-m", "jobs.rule", "run", "--config", str(written), "--out", str(folder)]
-    command += ["--shared", str(run.folder / "shared")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+    settings, log_path = beside(own.folder, ".yaml"), beside(own.folder, ".log")
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(yaml.safe_dump(_settings(entry, own, address)), encoding="utf-8")
+    command = [sys.executable, "-m", "jobs.rule", "run", "--config", str(settings), "--out", str(own.folder)]
+    command += ["--shared", str(shared)]
+    # all that they would set stands in the file already
+    outer = (ENVIRONMENT_PREFIX, STORAGE_VARIABLE)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
     last = ""
-    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
+    with log_path.open("w", encoding="utf-8") as log:
         process = processes.start(command, environment)
         for line in process.stdout:
             log.write(line)
@@ -235,43 +260,51 @@ def _run(run: job.Run, entry: Entry, address: str, processes: Processes) -> str 
             if PROGRESS.search(line):
                 print(f"[{entry.name}] {WORKER.sub('', line).rstrip()}", flush=True)
         status = process.wait()
-    return (
-        None if status == 0 else f"{last.removeprefix('error: ')} (exit status {status}; {folder.with_suffix('.log')})"
-    )
+    return None if status == 0 else f"{last.removeprefix('error: ')} (exit status {status}; {log_path})"
 
 
-def _outcome(run: job.Run, entry: Entry) -> tradeoff.Outcome:
-    folder = run.folder / "runs" / _slug(entry)
-    own = job.prepare(entry.applied(run.config), folder, "")
-    threshold = run.config.rule.evaluation.known_threshold
-    return tradeoff.outcome(
-        entry.name, entry.method, folder, threshold, costs.trained_tokens(own), costs.data_used(own)
-    )
+def _settings(entry: Entry, own: job.Run, address: str) -> dict[str, Any]:
+    """The whole configuration of an entry's run: on this cluster, and its model registered under a name of its own."""
+    config = own.config
+    registered = config.tracking.register_as or job.registered_name(own)
+    parts = {
+        "cluster": {"address": address, "storage": str(session.storage(config))},
+        "tracking": {"register_as": f"{registered}-{slug(entry)}"},
+    }
+    changed = {name: getattr(config, name).model_copy(update=values) for name, values in parts.items()}
+    return config.model_copy(update=changed).model_dump()
 
 
-def _content(run: job.Run, chosen: Sequence[Entry], failures: dict[str, str]) -> dict[str, Any]:
+def _content(run: job.Run, own: Mapping[Entry, job.Run], failures: Mapping[str, str]) -> dict[str, Any]:
     rule = run.config.rule
+    reports = {
+        entry.name: read_json(one.folder / "report.json") for entry, one in own.items() if entry.name not in failures
+    }
     return {
         "system": "rule",
         "job": "compare",
-        "methods": [entry.name for entry in chosen],
-        "failures": failures,
+        "methods": [entry.name for entry in own],
+        "failures": dict(failures),
         "targets": [run.data.target],
         "model": run.source.name,
         "model_version": run.source.version,
         "command": without_credentials(run.command),
         "configuration": masked(run.config.model_dump()),
         "data_digests": {rule.data: job.data_digest(run.data)},
-        "seconds": {
-            entry.name: read_json(run.folder / "runs" / _slug(entry) / "report.json")["seconds"]
-            for entry in chosen
-            if entry.name not in failures
-        },
+        "seconds": {name: report["seconds"] for name, report in reports.items()},
+        "peak_memory_gib": {name: report["peak_memory_gib"] for name, report in reports.items()},
         "machine": machine(),
         "commit": git_commit(Path(__file__).parents[2]),
         "versions": reporting.versions(),
     }
 
 
-def _slug(entry: Entry) -> str:
-    return entry.name.replace("@", "-at-").replace("+", "-")
+def slug(entry: Entry) -> str:
+    """The name of an entry's folder."""
+    method = entry.method.replace("+", "-")
+    return method if entry.learning_rate is None else f"{method}-at-{entry.learning_rate}"
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """A file beside a run's folder; a learning rate has a dot, so that this is not `Path.with_suffix`."""
+    return folder.with_name(f"{folder.name}{suffix}")

@@ -41,6 +41,12 @@ class Boundary(Section):
     ratio: float | None = Field(default=None, ge=0, le=100)
     fill_in: bool = True
 
+    @model_validator(mode="after")
+    def _none_has_no_ratio(self) -> "Boundary":
+        if self.kind == "none" and self.ratio:
+            raise ValueError(f"kind = none has no boundary question; ratio = {self.ratio:g} asks for some; drop one")
+        return self
+
 
 class Rebo(Section):
     """Stage 2, refusal boundary optimisation: on-policy GRPO over forget and boundary questions."""

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cluster.errors import UserError
 from cluster.models import load_tokenizer
 from cluster.report import read_lines
 from jobs.rule import methods
-from jobs.rule.corpora import Sample, load_corpora
+from jobs.rule.corpora import load_corpora
 from jobs.rule.data import RuleData
 from jobs.rule.shared import HISTORY
 
@@ -24,24 +23,33 @@ def trained_tokens(run: "Run") -> int:
     """
     rule, tokenizer = run.config.rule, load_tokenizer(run.source.path)
     method = methods.find(rule.method)
-    refusals = _tokens(tokenizer, [row.refusal for row in run.data.refusals]) / len(run.data.refusals) + 1
-    texts = sum(_tokens(tokenizer, [s.completion for s in corpus]) / len(corpus) + 1 for corpus in run.corpora.values())
-    samples = rule.rebo.prompts_per_step * rule.rebo.completions_per_prompt
+    refusals = _mean(tokenizer, [row.refusal for row in run.data.refusals], rule.steering.max_tokens)
+    texts = sum(
+        _mean(tokenizer, [sample.completion for sample in corpus], rule.baseline.max_tokens)
+        for corpus in run.corpora.values()
+    )
     batch = 0 if method is None else rule.baseline.batch_size or method.defaults.batch_size
     step = {"steering": rule.steering.batch_size * refusals, "unlearning": batch * texts}
-    rows = [row for row in read_lines(run.folder / HISTORY) if "loss" in row]
-    return round(sum(step.get(row["stage"], samples * row.get("completion_tokens", 0.0)) for row in rows))
+    samples = rule.rebo.prompts_per_step * rule.rebo.completions_per_prompt
+    total = completion = 0.0
+    for row in read_lines(run.folder / HISTORY):
+        if "loss" not in row:
+            continue
+        completion = row.get("completion_tokens", completion)  # a rollout's later updates learn from the same tokens
+        total += step.get(row["stage"], samples * completion)
+    return round(total)
 
 
 def data_used(run: "Run") -> dict[str, float | None]:
     """Tokens that a method reads, as shares of the forget and of the retain corpus; None where there is no corpus.
 
-    RULE reads its forget questions with their refusals, and boundary questions without answers; its first stage alone
-    the questions of that stage; a method on texts its whole corpora. Plain tokens, without a chat template.
+    RULE reads its forget questions with their refusals, and boundary questions without answers; its first stage alone,
+    and RT, the questions of that stage. A method on texts reads its whole forget corpus, and as many texts of the
+    retain corpus. Plain tokens, without a chat template.
     Source: RULE, token accounting of the main table.
     """
     tokenizer, data, name = load_tokenizer(run.source.path), run.data, run.config.rule.method
-    whole = {side: _corpus(data, side) for side in ("forget", "retain")}
+    whole, dealt = {side: _corpus(data, side) for side in ("forget", "retain")}, 1.0
     if name == methods.PROMPT_ONLY:
         read = {"forget": [], "retain": []}
     elif name == methods.STEERING_ONLY:
@@ -52,23 +60,33 @@ def data_used(run: "Run") -> dict[str, float | None]:
             "retain": [item.prompt for item in data.items if item.label == "normal"],
         }
     else:
+        forget = [sample for kind in ("forget", "refusal") for sample in run.corpora.get(kind, ())]
         read = {
-            "forget": [s.completion for kind in ("forget", "refusal") for s in run.corpora.get(kind, ())],
-            "retain": [s.completion for s in run.corpora.get("retain", ())],
+            "forget": [f"{sample.prompt} {sample.completion}".strip() for sample in forget],
+            "retain": [sample.completion for sample in run.corpora.get("retain", ())],
         }
-    return {
-        side: None if not whole[side] else _tokens(tokenizer, read[side]) / _tokens(tokenizer, whole[side])
-        for side in whole
+        dealt = min(1.0, len(forget) / max(1, len(read["retain"])))
+    shares = {
+        side: _tokens(tokenizer, read[side]) / _tokens(tokenizer, texts) if texts else None
+        for side, texts in whole.items()
     }
+    return shares | {"retain": shares["retain"] and dealt * shares["retain"]}
 
 
 def _corpus(data: RuleData, side: str) -> list[str]:
-    method = methods.find("GA" if side == "forget" else "GA+GDR")
-    try:
-        samples: Sequence[Sample] = load_corpora(data, method)[side]
-    except UserError:  # the files are a choice of the baselines, not of RULE
+    # the files are a choice of the baselines, not of RULE
+    if data.folder is None or not (data.folder / "positive.json").exists():
         return []
-    return [sample.completion for sample in samples]
+    others = [path for path in data.folder.parent.glob("*/positive.json") if path.parent != data.folder]
+    if side == "retain" and not (data.folder / "retain.json").exists() and not others:
+        return []
+    corpora = load_corpora(data, methods.find("GA" if side == "forget" else "GA+GDR"))
+    return [sample.completion for sample in corpora[side]]
+
+
+def _mean(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], most: int) -> float:
+    sizes = [min(len(ids) + 1, most) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    return sum(sizes) / len(sizes)
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> int:

@@ -117,9 +117,7 @@ def load_data(source: str, target: str | None, held_out_share: float, seed: int)
 
         data = load_hub(source.removeprefix("hub:"), target)
     else:
-        folder = DEMO if source == "demo" else Path(source).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"rule.data = {source} is no folder that this machine sees; name one, or 'demo'")
+        folder = data_folder(source)
         data = _load_rwku(folder) if (folder / "intro.json").exists() else _load_muse(folder)
         if target is not None and target != data.target:
             raise UserError(f"rule.target = {target}, but {source} is about {data.target}; leave rule.target out")
@@ -128,6 +126,20 @@ def load_data(source: str, target: str | None, held_out_share: float, seed: int)
     if not any(item.label == "normal" for item in data.items):
         raise UserError(f"{source} has no boundary question; RULE needs some to learn what to keep answering")
     return hold_out(data, held_out_share, seed)
+
+
+def data_folder(source: str) -> Path | None:
+    """The folder that `rule.data` names, None for the hub.
+
+    Raises:
+        UserError: there is no such folder here.
+    """
+    if source.startswith("hub:"):
+        return None
+    folder = DEMO if source == "demo" else Path(source).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"rule.data = {source} is no folder that this machine sees; name one, or 'demo'")
+    return folder
 
 
 def hold_out(data: RuleData, share: float, seed: int) -> RuleData:

@@ -110,7 +110,9 @@ def examine(task: Examination) -> Examined:
         from jobs.rule.benchmarks import run_benchmarks
 
         model = original if task.model == task.original else scoring_model(task.model)
-        benchmarks, ratios = run_benchmarks(task.benchmarks, model, engine, tokenizer, task.settings, task.seed)
+        benchmarks, ratios = run_benchmarks(
+            task.benchmarks, model, engine, tokenizer, task.settings, task.seed, task.stop
+        )
     return Examined(answers, fluency, benchmarks, time.perf_counter() - start, peak_memory_gib(), ratios)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cluster.errors import UserError
 from cluster.models import ModelSource, cache_root, load_tokenizer
 from cluster.report import digest
+from jobs.rule.config import Rule
 from jobs.rule.muse import QaRow
 from jobs.rule.rows import load_rows
 
@@ -28,6 +29,11 @@ _TURNS = (
     "{% for message in messages %}{% if message['role'] == 'user' %}Question: {{ message['content'] }}\nAnswer: "
     "{% elif message['role'] == 'assistant' %}{{ message['content'] }}\n\n{% endif %}{% endfor %}"
 )
+
+
+def in_form(rule: Rule, source: ModelSource, folder: Path | None) -> ModelSource:
+    """The model with the chat template that `rule.chat_template` asks for; `folder` is that of the data."""
+    return source if rule.chat_template == "model" else prompted(source, folder)
 
 
 def prompted(source: ModelSource, folder: Path | None) -> ModelSource:
@@ -70,8 +76,7 @@ def _link_with(tokenizer: PreTrainedTokenizerBase, model: Path, target: Path) ->
                 os.symlink(file.resolve(), partial / file.name)
         partial.chmod(0o755)
         partial.rename(target)
-    except FileExistsError:
-        shutil.rmtree(partial)  # another job was faster
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        if not (isinstance(error, OSError) and target.exists()):  # else another job was faster
+            raise

@@ -22,7 +22,7 @@ from jobs.rule.benchmarks import Benchmarks, load_benchmarks
 from jobs.rule.boundary import with_boundary
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
-from jobs.rule.data import Probe, RuleData, load_data, read_items
+from jobs.rule.data import Probe, RuleData, data_folder, load_data, read_items
 from jobs.rule.evaluate import (
     Examination,
     Examined,
@@ -33,7 +33,7 @@ from jobs.rule.evaluate import (
     score,
     unpacked,
 )
-from jobs.rule.in_context import prompted
+from jobs.rule.in_context import in_form
 from jobs.scoring.entailment import resolve_entailment
 from jobs.scoring.judge import Judge
 
@@ -51,7 +51,7 @@ class Run:
     command: str
     corpora: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
     benchmarks: Benchmarks | None = None
-    entailment: Path | None = None
+    entailment: models.ModelSource | None = None
     shared: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -122,7 +122,12 @@ def evaluate(
     """
     with paths_named():
         named = {"unlearned": model, "gold": gold}
-        checkpoints = {stage: models.resolve(str(path)) for stage, path in named.items() if path is not None}
+        folder = data_folder(config.rule.data)
+        checkpoints = {
+            stage: in_form(config.rule, models.resolve(str(path)), folder)
+            for stage, path in named.items()
+            if path is not None
+        }
         pinned = digest([[stage, one.name, one.version] for stage, one in checkpoints.items()])
         run = prepare(config, out, command, what=f"evaluate-{pinned[:6]}", benchmarked=True)
         for one in checkpoints.values():
@@ -149,9 +154,7 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "", 
     if not what:
         data = with_boundary(data, rule.boundary, rule.seed, partial(read_items, target=data.target))
     benchmarks = load_benchmarks(data.folder) if benchmarked and data.folder is not None else None
-    source = models.resolve(rule.model, rule.revision)
-    if rule.chat_template == "in_context":
-        source = prompted(source, data.folder)
+    source = in_form(rule, models.resolve(rule.model, rule.revision), data.folder)
     method = methods.find(rule.method)
     corpora = {} if method is None or what else load_corpora(data, method)
     dials = config.model_dump(include={"rule", "train", "generation"})
@@ -170,7 +173,7 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "", 
         command,
         corpora,
         benchmarks,
-        nli and nli.path,
+        nli,
         state={"identity": identity},
     )
     check_lengths(source.path, chosen_probes(run), rule.evaluation)
@@ -255,7 +258,7 @@ def evaluated(run: Run, stage: str, model: Path) -> Examined:
             run.config.train,
             rule.seed,
             run.benchmarks,
-            run.entailment,
+            run.entailment and run.entailment.path,
             rule.stop,
         )
 
@@ -263,7 +266,8 @@ def evaluated(run: Run, stage: str, model: Path) -> Examined:
             with run.phase(f"evaluation of {stage}"):
                 return packed(session.on_worker(examine, run.config, task, seconds=EVALUATION_LIMIT_S))
 
-        parts = [run.source.name, run.source.version, vars(task) | {"model": None, "original": None}]
+        pinned = [run.source.name, run.source.version, run.entailment and run.entailment.version]
+        parts = [*pinned, vars(task) | {"model": None, "original": None, "entailment": None}]
         known = shared.once(run.shared if stage == "original" else None, "answers", parts, asked)
         write_json(known, kept)
     return unpacked(known)
@@ -327,7 +331,7 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
         tracker.metrics(flat, step=list(examined).index(stage), stage="evaluation")
     if unlearned is not None:
         reporting.write_markdown(content, unlearned / "README.md")
-        name = run.config.tracking.register_as or f"rule-{run.data.target.lower().replace(' ', '-')}"
+        name = run.config.tracking.register_as or registered_name(run)
         content["registered_model"] = {"name": name, "alias": "unlearned"}
         content["registered_model"]["version"] = tracker.model(unlearned, name, "unlearned")
         content["checkpoint"] = str(unlearned)
@@ -337,29 +341,9 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
     return path
 
 
-def passages(config: RuleConfig, out: Path) -> list[Path]:
-    """Writes the texts of the baselines into the folder `out`; returns their files.
-
-    Raises:
-        UserError: the data names no others, or `out` is no folder or has such files, which are never replaced.
-    """
-    from jobs.rule.passages import PASSAGE_FILES, PassageTask, names_of_others, write_passages, written
-
-    with paths_named():
-        session.prepare(config)
-        rule = config.rule
-        data = load_data(rule.data, rule.target, 0.0, rule.seed)
-        others = names_of_others(data.folder, data.target)
-        if not out.is_dir():
-            raise UserError(f"--out {out} is no folder; make it, or name the folder of rule.data")
-        present = [name for name in PASSAGE_FILES if (out / name).exists()]
-        if present:
-            raise UserError(f"{out} has {', '.join(present)} already; move them away, or name another --out")
-        model = models.resolve(rule.model, rule.revision).path
-    task = PassageTask(model, data.target, others, rule.passages, config.generation, config.train, rule.seed)
-    with session.connected(config):
-        completions = session.on_worker(written, config, task, seconds=EVALUATION_LIMIT_S)
-    return write_passages(task, out, completions)
+def registered_name(run: Run) -> str:
+    """The registry's name of a run's model where the configuration gives none."""
+    return f"rule-{run.data.target.lower().replace(' ', '-')}"
 
 
 def dry_run(config: RuleConfig) -> None:

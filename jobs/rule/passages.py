@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster import models, session
 from cluster.config import Generation, Train
-from cluster.errors import UserError
+from cluster.errors import UserError, paths_named
 from cluster.report import write_json
-from jobs.rule.config import Passages
+from jobs.rule.config import Passages, RuleConfig
+from jobs.rule.data import load_data
+from jobs.rule.in_context import in_form
 from jobs.rule.rows import load_list
 
 REQUESTS = (
@@ -18,6 +21,7 @@ REQUESTS = (
     "Write a paragraph about the work of {}.",
 )
 
+LIMIT_S = 6 * 3600
 PASSAGE_FILES = ("positive.json", "retain.json", "pair.json")
 
 
@@ -96,3 +100,26 @@ def whole_sentences(text: str) -> str:
     text = text.strip()
     end = max(text.rfind(mark) for mark in ".!?")
     return text[: end + 1] if end > 0 else text
+
+
+def passages(config: RuleConfig, out: Path) -> list[Path]:
+    """Writes the texts of the baselines into the folder `out`; returns their files.
+
+    Raises:
+        UserError: the data names no others, or `out` is no folder or has such files, which are never replaced.
+    """
+    with paths_named():
+        session.prepare(config)
+        rule = config.rule
+        data = load_data(rule.data, rule.target, 0.0, rule.seed)
+        others = names_of_others(data.folder, data.target)
+        if not out.is_dir():
+            raise UserError(f"--out {out} is no folder; make it, or name the folder of rule.data")
+        present = [name for name in PASSAGE_FILES if (out / name).exists()]
+        if present:
+            raise UserError(f"{out} has {', '.join(present)} already; move them away, or name another --out")
+        model = in_form(rule, models.resolve(rule.model, rule.revision), data.folder).path
+    task = PassageTask(model, data.target, others, rule.passages, config.generation, config.train, rule.seed)
+    with session.connected(config):
+        completions = session.on_worker(written, config, task, seconds=LIMIT_S)
+    return write_passages(task, out, completions)

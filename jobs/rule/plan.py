@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
 from cluster.generation import chosen_engine
-from cluster.memory import ModelShape, Node, Pass, Rollouts, memory_plan, this_node
+from cluster.memory import MemoryPlan, ModelShape, Node, Pass, Rollouts, memory_plan, this_node
 from cluster.models import chat_ids, load_tokenizer
-from cluster.plan import Plan, batch_plan
+from cluster.plan import BatchPlan, Plan, batch_plan
 from cluster.session import storage
 from jobs.rule.config import Baseline, RuleConfig
 from jobs.rule.corpora import Sample
@@ -19,6 +19,8 @@ from jobs.rule.methods.base import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+STAGES = ("steering", "rebo")
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,15 @@ class Lengths:
     mean_prompt: float
 
 
-def rule_plan(config: RuleConfig, data: RuleData, model: Path) -> Plan:
-    """The plan of a run with the model in directory `model`, against this machine.
+def rule_plan(config: RuleConfig, data: RuleData, model: Path, wanted: Sequence[str] = STAGES) -> Plan:
+    """The plan of the `wanted` stages with the model in directory `model`, against this machine.
 
     Raises:
         UserError: as `measure` and `stages` do. `Plan.refusal` tells what does not fit.
     """
     shape = ModelShape.of(model)
     lengths = measure(config, data, load_tokenizer(model), shape.context)
-    return stages(config, lengths, shape, this_node(storage(config)))
+    return stages(config, lengths, shape, this_node(storage(config)), wanted)
 
 
 def measure(config: RuleConfig, data: RuleData, tokenizer: "PreTrainedTokenizerBase", context: int) -> Lengths:
@@ -79,26 +81,39 @@ def measure(config: RuleConfig, data: RuleData, tokenizer: "PreTrainedTokenizerB
     return Lengths(len(data.refusals), longest, max(prompts), sum(prompts) / len(prompts))
 
 
-def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) -> Plan:
-    """Batches and memory of both stages.
+def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node, wanted: Sequence[str] = STAGES) -> Plan:
+    """Batches and memory of the `wanted` stages.
 
     Raises:
         UserError: a batch cannot be dealt equally to the workers. `Plan.refusal` tells what does not fit.
     """
-    rule, train = config.rule, config.train
-    steering, rebo, workers = rule.steering, rule.rebo, train.num_workers
+    plans = {"steering": _steering_plan, "rebo": _rebo_plan}
+    found = {stage: plans[stage](config, lengths, shape, node) for stage in wanted}
+    memory = {stage: memory for stage, (_, memory) in found.items()}
+    return Plan(tuple(batches for batches, _ in found.values()), memory)
+
+
+def _steering_plan(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) -> tuple[BatchPlan, MemoryPlan]:
+    steering, train, workers = config.rule.steering, config.train, config.train.num_workers
     epochs = min(steering.epochs, steering.stop_after_epochs or steering.epochs)
-    first = batch_plan(
+    row = min(lengths.longest_refusal, steering.max_tokens)
+    batches = batch_plan(
         "steering",
         "rule.steering.batch_size",
         steering.batch_size,
         steps=round(epochs * math.ceil(lengths.refusals / steering.batch_size)),
         workers=workers,
-        group_tokens=min(lengths.longest_refusal, steering.max_tokens),
+        group_tokens=row,
         tokens_per_row=train.tokens_per_row,
     )
+    here = max(row, min(train.tokens_per_row, steering.batch_size // workers * row))
+    return batches, memory_plan(shape, train, config.generation, node, largest=Pass(here, here, smallest=row))
+
+
+def _rebo_plan(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) -> tuple[BatchPlan, MemoryPlan]:
+    rebo, train, workers = config.rule.rebo, config.train, config.train.num_workers
     group = rebo.completions_per_prompt * rebo.max_completion_tokens
-    second = batch_plan(
+    batches = batch_plan(
         "rebo",
         "rule.rebo.prompts_per_step",
         rebo.prompts_per_step,
@@ -109,18 +124,9 @@ def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) 
         group_tokens=math.ceil(lengths.mean_prompt) + group,
         tokens_per_row=train.tokens_per_row,
     )
-    row = min(lengths.longest_refusal, steering.max_tokens)
-    here = max(row, min(train.tokens_per_row, steering.batch_size // workers * row))
-    steering_memory = memory_plan(
-        shape,
-        train,
-        config.generation,
-        node,
-        largest=Pass(here, here, smallest=row),
-    )
     largest_group = lengths.longest_prompt + group
     tokens = max(largest_group, min(train.tokens_per_row, rebo.prompts_per_step // workers * largest_group))
-    rebo_memory = memory_plan(
+    memory = memory_plan(
         shape,
         train,
         config.generation,
@@ -133,7 +139,7 @@ def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) 
         reference=rebo.kl_coefficient > 0,
         colocated_engine=chosen_engine(config.generation, train) == "vllm",
     )
-    return Plan((first, second), {"steering": steering_memory, "rebo": rebo_memory})
+    return batches, memory
 
 
 def settled(settings: Baseline, method: Method, layers: int) -> Baseline:

@@ -36,29 +36,40 @@ def stage(run: "Run", name: str, output: Path, parts: Any, train: Callable[[], P
 
     Its seconds and history come with it, so that every run's report counts them.
     """
-    if run.shared is None or (output / "config.json").exists():
+    if run.shared is None:
         return train()
     place = run.shared / f"{name}-{digest(parts)}"
     with _turn(place):
-        if place.exists():
-            known = read_json(place / "stage.json")
-            others = [row for row in read_lines(run.folder / HISTORY) if row["stage"] != name]
-            write_lines([*read_lines(place / HISTORY), *others], run.folder / HISTORY)
-            run.save(seconds=run.state.get("seconds", {}) | {name: known["seconds"]})
-            _link(place / "model", output)
-            return output
-        train()
-        partial = Path(tempfile.mkdtemp(dir=run.shared, prefix=f".{place.name}."))
-        try:
-            _link(output, partial / "model")
-            rows = [row for row in read_lines(run.folder / HISTORY) if row["stage"] == name]
-            write_lines(rows, partial / HISTORY)
-            write_json({"seconds": run.state["seconds"][name]}, partial / "stage.json")
-            partial.rename(place)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        if place.exists() and not (output / "config.json").exists():
+            _take(run, name, place, output)
+        else:
+            train()
+            if not place.exists():
+                _give(run, name, output, place)
     return output
+
+
+def _take(run: "Run", name: str, place: Path, output: Path) -> None:
+    others = [row for row in read_lines(run.folder / HISTORY) if row["stage"] != name]
+    write_lines([*read_lines(place / HISTORY), *others], run.folder / HISTORY)
+    known = read_json(place / "stage.json")
+    if known["peak"] is not None:
+        write_json(known["peak"], run.folder / f"peak-{name}.json")
+    run.save(seconds=run.state.get("seconds", {}) | {name: known["seconds"]})
+    _link(place / "model", output)
+
+
+def _give(run: "Run", name: str, output: Path, place: Path) -> None:
+    partial = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+    try:
+        _link(output, partial / "model")
+        write_lines([row for row in read_lines(run.folder / HISTORY) if row["stage"] == name], partial / HISTORY)
+        peak = read_json(run.folder / f"peak-{name}.json")
+        write_json({"seconds": run.state.get("seconds", {}).get(name, 0.0), "peak": peak}, partial / "stage.json")
+        partial.rename(place)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 @contextmanager

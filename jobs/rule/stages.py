@@ -51,7 +51,7 @@ def _check_rule(run: "Run") -> None:
         target_bonus=reward.target_bonus,
         behave_weight=reward.behave_weight,
     )
-    if run.config.train.lora is not None and rule.rebo.reference == "original":
+    if run.config.train.lora is not None and (rule.rebo.start, rule.rebo.reference) == ("steered", "original"):
         raise UserError(
             "rule.rebo.reference = original needs a second model, which LoRA does without; "
             "take steered, or train.lora=null"
@@ -70,11 +70,10 @@ def plan(run: "Run") -> Plan:
     if name == methods.PROMPT_ONLY:
         return Plan(())
     if method is None:
-        both = rule_plan(run.config, run.data, run.source.path)
-        if name == methods.RULE and run.config.rule.rebo.start == "steered":
-            return both
-        stage = "rebo" if name == methods.RULE else "steering"
-        return Plan(tuple(one for one in both.batches if one.stage == stage), {stage: both.memory[stage]})
+        steers = name != methods.RULE or run.config.rule.rebo.start == "steered"
+        trained = {"steering": steers, "rebo": name == methods.RULE}
+        wanted = tuple(stage for stage, is_trained in trained.items() if is_trained)
+        return rule_plan(run.config, run.data, run.source.path, wanted)
     return baseline_plan(run.config, method, run.corpora, run.source.path)
 
 

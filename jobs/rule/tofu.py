@@ -68,16 +68,18 @@ def score_tofu(
     *,
     max_batch_tokens: int,
     seed: int,
+    stop: tuple[str, ...] = (),
 ) -> tuple[dict[str, Metric], list[float]]:
     """`tofu/SET/probability`, `rouge_l_recall`, `truth_ratio`; `tofu/model_utility` where its three sets are there.
 
     On the forget set also `tofu/exact_memorization` and `tofu/extraction_strength` (lower is better). The truth ratio
-    R is reported so that 1 is best: max(0, 1 - R) on sets to keep, min(R, 1 / R) on the forget set.
+    R is reported so that 1 is best: max(0, 1 - R) on sets to keep, min(R, 1 / R) on the forget set. `stop` ends an
+    answer, beside the end token.
 
     Returns: the metrics, and the truth ratios of the forget set, which `forget_quality` compares.
     """
     metrics: dict[str, Metric] = {}
-    sets = {name: _scored(model, engine, tokenizer, rows, name, max_batch_tokens) for name, rows in data.items()}
+    sets = {name: _scored(model, engine, tokenizer, rows, name, max_batch_tokens, stop) for name, rows in data.items()}
     for name, scored in sets.items():
         ratio = scored.truth_ratio
         best = np.minimum(ratio, 1 / ratio) if name == "forget" else np.maximum(0, 1 - ratio)
@@ -104,9 +106,10 @@ def score_tofu(
 def truth_ratio(perturbed: Sequence[float], paraphrased: float) -> float:
     """Mean probability of wrong answers over that of the right one in other words (TOFU, equation 1).
 
-    Probabilities are normalised by length, P(a | q)^(1 / |a|).
+    Args: mean log-probabilities a token, in nats, so that e to their power is P(a | q)^(1 / |a|).
+    Returns: the ratio, kept within e^-50 and e^50: a collapsed model gives answers no probability at all.
     """
-    return float(np.mean(perturbed)) / paraphrased
+    return float(np.exp(np.clip(np.logaddexp.reduce(perturbed) - np.log(len(perturbed)) - paraphrased, -50, 50)))
 
 
 def model_utility(*sets: np.ndarray) -> float:
@@ -146,6 +149,7 @@ def _scored(
     rows: Sequence[TofuRow],
     name: str,
     max_batch_tokens: int,
+    stop: tuple[str, ...],
 ) -> Scored:
     from jobs.rule.likelihood import token_logprobs
 
@@ -154,13 +158,14 @@ def _scored(
     logprobs = token_logprobs(
         model, [prompt + answer for prompt, answer in pairs], [len(p) for p, _ in pairs], max_batch_tokens
     )
-    probabilities = iter([float(values.mean().exp()) for values in logprobs])
+    means = iter([float(values.double().mean()) for values in logprobs])
     own_probability, ratios = [], []
     for own in texts:
-        answer, paraphrased, *perturbed = (next(probabilities) for _ in own)
-        own_probability.append(answer / (answer + sum(perturbed)) if name in CHOICES else answer)
+        answer, paraphrased, *perturbed = (next(means) for _ in own)
+        among = np.logaddexp.reduce([answer, *perturbed]) if name in CHOICES else 0.0
+        own_probability.append(float(np.exp(answer - among)))
         ratios.append(truth_ratio(perturbed, paraphrased))
-    said = greedy_texts(engine, [chat_ids(tokenizer, row.question) for row in rows], ANSWER_TOKENS)
+    said = greedy_texts(engine, [chat_ids(tokenizer, row.question) for row in rows], ANSWER_TOKENS, stop)
     recall = [rouge_l_recall(text, row.answer) for text, row in zip(said, rows, strict=True)]
     return Scored(np.array(own_probability), np.array(recall), np.array(ratios))
 

@@ -61,7 +61,7 @@ def outcome(
     """Reads a run's folder; `threshold` is `rule.evaluation.known_threshold`.
 
     Raises:
-        UserError: the original answers no forget probe, or no retained one, so that nothing can be compared.
+        UserError: as `require_known`.
     """
     report = read_json(folder / "report.json")
     original = _answers(folder, "original")
@@ -76,6 +76,11 @@ def outcome(
     copied = {short: _metric(found[long]) for short, long in COPIED.items() if long in found}
     seconds = sum(report["seconds"].get(stage, 0.0) for stage in TRAININGS)
     return Outcome(name, method, folder, scores, tuple(trace), copied, seconds, tokens, used)
+
+
+def require_known(original: Sequence[Answer], threshold: float) -> None:
+    """Raises UserError where the original answers no forget probe, or no retained one."""
+    _scores(original, known(original, threshold))
 
 
 def best(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -285,10 +285,11 @@ def score_fluency(
     context: int,
     seed: int,
     max_new_tokens: int = 256,
+    stop: tuple[str, ...] = (),
 ) -> dict[str, Metric]:
     """Mean n-gram entropy x 100 of greedy answers to instructions (`fluency/entropy`), chat template."""
     kept = [keep_last(encode_chat(tokenizer, row.instruction), context - max_new_tokens) for row in rows]
-    texts = greedy_texts(generator, [ids for ids, _ in kept], max_new_tokens)
+    texts = greedy_texts(generator, [ids for ids, _ in kept], max_new_tokens, stop)
     return {
         "fluency/entropy": mean_interval([100 * ngram_entropy(text) for text in texts], seed),
         "fluency/truncated": count(sum(cut for _, cut in kept), len(rows), seed),

@@ -51,7 +51,11 @@ def resolve_entailment(settings: EntailmentSettings, key: str) -> models.ModelSo
 
 
 class Entailment:
-    """The model in `path` on `device`; pairs are (premise, hypothesis), and a premise too long for it loses its end."""
+    """The model in `path` on `device`; pairs are (premise, hypothesis).
+
+    A premise too long for it loses its beginning: what it says last is nearer to its claim. Where the hypothesis alone
+    fills more than half of what the model takes, the longer of the two is cut.
+    """
 
     def __init__(self, path: Path, settings: EntailmentSettings, device: str = "cpu") -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -60,13 +64,15 @@ class Entailment:
         self.model = models.load_model(path, auto=_auto_class(path, config)).to(device)
         # Positions of a classifier count from the left, padding included.
         self.tokenizer = AutoTokenizer.from_pretrained(
-            path, padding_side="right", local_files_only=True, trust_remote_code=False
+            path, padding_side="right", truncation_side="left", local_files_only=True, trust_remote_code=False
         )
         self.settings = settings
         self.seq2seq = config.is_encoder_decoder and _label(config) is None
         self.label = _label(config)
         longest = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        self.max_tokens = min(longest, self.tokenizer.model_max_length, settings.max_batch_tokens)
+        if "roberta" in config.model_type:
+            longest -= config.pad_token_id + 1  # its positions begin behind that of padding
+        self.max_tokens = min(longest, self.tokenizer.model_max_length)
 
     def entails(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """phi(premise, hypothesis) of each pair."""
@@ -91,13 +97,13 @@ class Entailment:
 
     def _encoded(self, premise: str, hypothesis: str) -> dict[str, list[int]]:
         if not self.seq2seq:
-            return dict(self.tokenizer(premise, hypothesis, truncation="only_first", max_length=self.max_tokens))
-        ending = f" hypothesis: {hypothesis}"
-        room = self.max_tokens - len(self.tokenizer(ending).input_ids)
-        ids = self.tokenizer(f"premise: {premise}{ending}").input_ids
+            long = 2 * len(self.tokenizer(hypothesis).input_ids) > self.max_tokens
+            cut = "longest_first" if long else "only_first"
+            return dict(self.tokenizer(premise, hypothesis, truncation=cut, max_length=self.max_tokens))
+        ids = self.tokenizer(f"premise: {premise} hypothesis: {hypothesis}").input_ids
         if len(ids) > self.max_tokens:
-            kept = self.tokenizer(f"premise: {premise}", add_special_tokens=False).input_ids[: max(1, room)]
-            ids = [*kept, *self.tokenizer(ending).input_ids][: self.max_tokens]
+            opening = self.tokenizer("premise:", add_special_tokens=False).input_ids[: self.max_tokens // 2]
+            ids = [*opening, *ids[len(ids) - self.max_tokens + len(opening) :]]
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def _scored(self, batch: dict[str, Tensor]) -> list[float]:

@@ -12,7 +12,7 @@ from cluster.config import load
 from cluster.errors import UserError
 from cluster.models import load_tokenizer, resolve
 from jobs.rule import costs, tradeoff
-from jobs.rule.compare import Entry, entries
+from jobs.rule.compare import Entry, beside, entries, slug
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import Probe, load_data
@@ -101,6 +101,8 @@ def test_nothing_known_is_nothing_to_compare(tmp_path):
     unknown = answers([0.1] * 4, [1] * 4)
     folder = finished(tmp_path / "run", {"original": unknown, "unlearned": unknown}, {})
     with pytest.raises(UserError, match="answers no forget probe"):
+        tradeoff.require_known(unknown, 0.5)
+    with pytest.raises(UserError, match="answers no forget probe"):
         tradeoff.outcome("GA", "GA", folder, 0.5, 0, {})
 
 
@@ -115,6 +117,14 @@ def test_entries_carry_their_learning_rate_to_where_it_belongs():
     assert rules[2].baseline.learning_rate == 3e-6
     assert rules[4] == config.rule.model_copy(update={"method": "GA"})
     assert Entry("GA") in chosen
+
+
+def test_every_entry_has_files_of_its_own():
+    chosen = entries("GA,GA@1.5e-5,GA@1.2e-5,GA@0.001,GA@0.002,GA@1e30,GA@1e-30,NPO+KLR@1e-5,NPO+GDR@1e-5")
+    folders = [Path("runs") / slug(entry) for entry in chosen]
+    assert len(set(folders)) == len(chosen)
+    assert len({beside(folder, ".yaml") for folder in folders}) == len(chosen)
+    assert beside(folders[1], ".log") == Path("runs/GA-at-1.5e-05.log")
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_configuration_loads_neither_torch_nor_ray():
 def test_absurd_values_are_told_in_short(assignment, told):
     with pytest.raises(UserError, match=told) as error:
         load(RuleConfig, sets=[assignment], environ={})
-    assert len(str(error.value)) < 6000 if "x" * 5000 in assignment else len(str(error.value)) < 300
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("key", ["null", "1", "on", "[1, 2]"])

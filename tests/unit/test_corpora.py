@@ -14,8 +14,15 @@ from jobs.rule import methods
 from jobs.rule.config import Passages, RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import DEMO, load_data
-from jobs.rule.job import passages
-from jobs.rule.passages import PassageTask, about, names_of_others, requests, whole_sentences, write_passages
+from jobs.rule.passages import (
+    PassageTask,
+    about,
+    names_of_others,
+    passages,
+    requests,
+    whole_sentences,
+    write_passages,
+)
 from jobs.rule.reward import refused
 
 

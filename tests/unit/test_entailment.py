@@ -77,12 +77,23 @@ def test_a_classifier_gives_the_probability_of_its_entailment_label(opened, tiny
     assert strict.entails(PAIRS) == [value >= threshold for value in expected]
 
 
-def test_a_premise_too_long_loses_its_end_and_the_hypothesis_stays(opened, tiny_tokenizer):
+def test_a_premise_too_long_loses_its_beginning_and_the_hypothesis_stays(opened, tiny_tokenizer):
     entailment = opened(classifier(tiny_tokenizer, ["entailment", "other"]))
-    long, hypothesis = "x" * 500, "y" * 20
-    assert entailment.probabilities([(long, hypothesis)]) == pytest.approx(
-        entailment.probabilities([("x" * 44, hypothesis)])
+    end, hypothesis = "abcdefghij" * 5, "y" * 20
+    assert entailment.probabilities([("x" * 500 + end, hypothesis)]) == pytest.approx(
+        entailment.probabilities([(end[-44:], hypothesis)])
     )
+    assert 0 <= entailment.probabilities([("x" * 500, "y" * 500)])[0] <= 1
+
+
+def test_a_sequence_to_sequence_model_keeps_the_claim_of_a_long_pair(opened, tiny_tokenizer):
+    entailment = opened(seq2seq(tiny_tokenizer))
+    entailment.max_tokens = 60
+    ids = entailment._encoded("x" * 500, "a claim")["input_ids"]
+    text = tiny_tokenizer.decode(ids)
+    assert len(ids) == 60
+    assert text.startswith("premise:x")
+    assert text.endswith(" hypothesis: a claim")
 
 
 @pytest.mark.parametrize(("written", "value"), [("1", 1.0), ("0", 0.0), ("1 0", 0.0)])

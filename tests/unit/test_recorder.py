@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster import training
-from cluster.errors import JobFailure
+from cluster.errors import Diverged, JobFailure
 from cluster.report import read_lines
 from cluster.training import HISTORY, SAMPLES, Recorder
 
@@ -40,18 +40,19 @@ def test_what_comes_again_ends_a_restarted_group_at_once(tmp_path):
 
     def diverging(task, recorder):
         calls.append(task)
-        raise JobFailure("diverged; lower the learning rate")
+        raise Diverged("diverged; lower the learning rate")
 
     for _ in range(3):
-        with pytest.raises(JobFailure, match="diverged; lower"):
+        with pytest.raises(Diverged, match="diverged; lower"):
             training._told_once(diverging, "task", None, tmp_path / "failure.json")
     assert calls == ["task"]
 
 
-def test_a_worker_that_was_lost_may_try_again(tmp_path):
-    def lost(task, recorder):
-        raise RuntimeError("connection closed by peer")
+@pytest.mark.parametrize("error", [RuntimeError("connection closed by peer"), JobFailure("the store did not answer")])
+def test_what_may_pass_is_tried_again(tmp_path, error):
+    def failing(task, recorder):
+        raise error
 
-    with pytest.raises(RuntimeError):
-        training._told_once(lost, None, None, tmp_path / "failure.json")
+    with pytest.raises(type(error)):
+        training._told_once(failing, None, None, tmp_path / "failure.json")
     assert not (tmp_path / "failure.json").exists()

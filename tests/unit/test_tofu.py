@@ -90,7 +90,9 @@ def test_extraction_strength_by_hand(matches, strength):
 
 
 def test_ratio_and_utility_by_hand():
-    assert truth_ratio([0.2, 0.4], 0.6) == pytest.approx(0.5)
+    assert truth_ratio(np.log([0.2, 0.4]), np.log(0.6)) == pytest.approx(0.5)
+    assert truth_ratio([-3.0], -900.0) == pytest.approx(np.exp(50))
+    assert truth_ratio([-900.0], -3.0) > 0
     sets = [np.array([[0.5, 1.0, 0.5], [0.5, 1.0, 0.5]])] * 3
     assert model_utility(*sets) == pytest.approx(9 / (3 * (2 + 1 + 2)))
     assert model_utility(np.array([[0.0, 1.0, 1.0]])) == 0
