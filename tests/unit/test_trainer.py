@@ -151,6 +151,15 @@ def test_groups_without_a_gradient_get_no_row(policy, tiny_tokenizer, items, tmp
     assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
 
 
+def test_forget_questions_alone_make_a_step(policy, tiny_tokenizer, items, tmp_path):
+    settings = Rebo(prompts_per_step=2, completions_per_prompt=2, kl_coefficient=0, max_completion_tokens=8)
+    trainer = rebo_trainer(policy, tiny_tokenizer, items, tmp_path, settings)
+    trainer._rollout([0, 2])
+    assert trainer._metrics["train"]["reward_forget"] == trainer._metrics["train"]["reward"]
+    assert "reward_boundary" not in trainer._metrics["train"]
+    assert "refusal_boundary" not in trainer._metrics["train"]
+
+
 def test_second_update_of_a_rollout_is_clipped(policy, tiny_tokenizer, items, tmp_path):
     settings = Rebo(prompts_per_step=4, completions_per_prompt=4, kl_coefficient=0, updates_per_rollout=2)
     trainer = rebo_trainer(policy, tiny_tokenizer, items, tmp_path, settings)
