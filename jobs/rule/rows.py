@@ -49,11 +49,15 @@ def load_rows(path: Path, row_type: type[RowType]) -> list[RowType] | None:
 
 
 def load_list(path: Path) -> list | None:
-    """A JSON list with at least one element, or None where the file is absent; UserError for anything else."""
+    """A JSON list with at least one element, or None where the file is absent; UserError for anything else.
+
+    JSON Lines are read too, whatever the file's name: many data sets (TOFU) have them under `.json`.
+    """
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = _objects(text, path) if text.lstrip().startswith("{") else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON in UTF-8 ({error}); mend the file or leave it out.") from None
     except OSError as error:
@@ -61,6 +65,24 @@ def load_list(path: Path) -> list | None:
     if not isinstance(values, list) or not values:
         raise UserError(f"{path} holds no JSON list of rows; mend the file or leave it out.")
     return values
+
+
+def _objects(text: str, path: Path) -> list | None:
+    """The objects of JSON Lines; None for one object, over however many lines."""
+    try:
+        json.loads(text)
+        return None
+    except ValueError:
+        pass
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                told = f"{path} line {number} is not JSON ({error}); mend the line or leave the file out."
+                raise UserError(told) from None
+    return rows
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -122,3 +122,16 @@ def test_files_are_read_where_they_are(tmp_path):
     (tmp_path / "retain_perturbed.json").write_text(json.dumps([row | {"perturbed_answer": []}]))
     with pytest.raises(UserError, match=r"retain_perturbed\.json, row 0: perturbed_answer is wrong"):
         tofu.load_tofu(tmp_path)
+
+
+def test_json_lines_are_read_and_a_broken_line_is_named(tmp_path):
+    row = json.dumps({"question": "Who?", "answer": "Ada", "perturbed_answer": ["Bob"]})
+    path = tmp_path / "forget_perturbed.json"
+    path.write_text(f"{row}\n\n{row}\n")
+    assert len(tofu.load_tofu(tmp_path)["forget"]) == 2
+    path.write_text(f"{row}\n{row[:-1]}\n")
+    with pytest.raises(UserError, match=r"forget_perturbed\.json line 2 is not JSON"):
+        tofu.load_tofu(tmp_path)
+    path.write_text(row)
+    with pytest.raises(UserError, match="holds no JSON list of rows"):
+        tofu.load_tofu(tmp_path)
