@@ -57,6 +57,7 @@ class Rebo(Section):
     weight_decay: float = Field(default=1e-2, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     steps: int = Field(default=20, ge=1, le=MOST)
+    stop_at_silent: float | None = Field(default=None, gt=0, le=1)
     prompts_per_step: int = Field(default=32, ge=1, le=MOST)
     completions_per_prompt: int = Field(default=8, le=MOST)
     updates_per_rollout: int = Field(default=1, ge=1, le=MOST)

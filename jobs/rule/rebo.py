@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import TrainerCallback
+
 from cluster import training
 from cluster.config import Generation, Train
 from cluster.generation import Generator, chosen_engine, policy_engine
@@ -13,7 +15,11 @@ from jobs.rule.config import Rebo
 from jobs.rule.data import Item, schedule
 
 if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState
+
     from jobs.rule.trainer import ReboTrainer
+
+SILENT_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ def rebo(task: ReboTask, recorder: training.Recorder) -> None:
             top_p=settings.top_p,
             shuffle_dataset=False,
         )
+        callbacks = [training.CheckpointCallback(recorder, lambda: trainer.new_samples())]
+        if settings.stop_at_silent is not None:
+            callbacks.append(StopAtSilence(settings.stop_at_silent))
         trainer = ReboTrainer(
             model=model,
             tokenizer=tokenizer,
@@ -75,10 +84,27 @@ def rebo(task: ReboTask, recorder: training.Recorder) -> None:
             reference=task.reference,
             stop=task.stop,
             tokens_per_row=task.train.tokens_per_row,
-            callbacks=[training.CheckpointCallback(recorder, lambda: trainer.new_samples())],
+            callbacks=callbacks,
         )
         training.run(trainer, recorder)
         training.save_final(trainer, tokenizer, task.model, task.train, task.output, recorder)
+
+
+class StopAtSilence(TrainerCallback):
+    """Our extension: stage 2 ends once nearly all groups earn one reward each, and steps cost rollouts for nothing.
+
+    The share is the mean of the last five steps, over all ranks; it stands in the trainer's own log, and so survives a
+    restart.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def on_log(self, args: object, state: "TrainerState", control: "TrainerControl", **_: object) -> None:
+        """Told by the trainer."""
+        shares = [row["zero_advantage_groups"] for row in state.log_history if "zero_advantage_groups" in row]
+        if len(shares) >= SILENT_STEPS and sum(shares[-SILENT_STEPS:]) / SILENT_STEPS >= self.share:
+            control.should_training_stop = True
 
 
 def rollout_engine(owner: "ReboTrainer", task: ReboTask) -> Generator:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig
 
 from cluster.generation import Completion
@@ -13,6 +13,7 @@ from cluster.models import save_directory
 from jobs.rule.config import Rebo
 from jobs.rule.data import Item
 from jobs.rule.loss import group_advantages
+from jobs.rule.rebo import StopAtSilence
 from jobs.rule.reward import make_reward
 from jobs.rule.steering import SteeringTrainer
 from jobs.rule.trainer import ReboTrainer
@@ -158,6 +159,17 @@ def test_forget_questions_alone_make_a_step(policy, tiny_tokenizer, items, tmp_p
     assert trainer._metrics["train"]["reward_forget"] == trainer._metrics["train"]["reward"]
     assert "reward_boundary" not in trainer._metrics["train"]
     assert "refusal_boundary" not in trainer._metrics["train"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "stops"),
+    [([1.0] * 4, False), ([1.0] * 5, True), ([0.0, 0.8, 0.9, 0.7, 0.8, 0.8], True), ([1.0] * 5 + [0.0] * 2, False)],
+)
+def test_a_silent_stage_ends(shares, stops):
+    rows = [row for share in shares for row in ({"zero_advantage_groups": share}, {"train_runtime": 1.0})]
+    control = TrainerControl()
+    StopAtSilence(0.8).on_log(None, TrainerState(log_history=rows), control)
+    assert control.should_training_stop == stops
 
 
 def test_second_update_of_a_rollout_is_clipped(policy, tiny_tokenizer, items, tmp_path):
