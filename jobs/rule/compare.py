@@ -247,12 +247,9 @@ def _run(entry: Entry, own: job.Run, shared: Path, address: str, processes: Proc
     settings.write_text(yaml.safe_dump(_settings(entry, own, address)), encoding="utf-8")
     command = [sys.executable, "-m", "jobs.rule", "run", "--config", str(settings), "--out", str(own.folder)]
     command += ["--shared", str(shared)]
-    # all that they would set stands in the file already
-    outer = (ENVIRONMENT_PREFIX, STORAGE_VARIABLE)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
     last = ""
     with log_path.open("w", encoding="utf-8") as log:
-        process = processes.start(command, environment)
+        process = processes.start(command, _environment(own.config))
         for line in process.stdout:
             log.write(line)
             log.flush()
@@ -269,10 +266,17 @@ def _settings(entry: Entry, own: job.Run, address: str) -> dict[str, Any]:
     registered = config.tracking.register_as or job.registered_name(own)
     parts = {
         "cluster": {"address": address, "storage": str(session.storage(config))},
-        "tracking": {"register_as": f"{registered}-{slug(entry)}"},
+        "tracking": {"register_as": f"{registered}-{slug(entry)}", "uri": None},  # see _environment
     }
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in parts.items()}
     return config.model_copy(update=changed).model_dump()
+
+
+def _environment(config: RuleConfig) -> dict[str, str]:
+    """This process's, less what stands in the run's file, with the tracking address, which may hold a password."""
+    outer = (ENVIRONMENT_PREFIX, STORAGE_VARIABLE)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
+    return environment | ({"MLFLOW_TRACKING_URI": config.tracking.uri} if config.tracking.uri else {})
 
 
 def _content(run: job.Run, own: Mapping[Entry, job.Run], failures: Mapping[str, str]) -> dict[str, Any]:

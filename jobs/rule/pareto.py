@@ -16,12 +16,6 @@ class Point:
     retained: float
 
 
-def dominates(one: Point, other: Point) -> bool:
-    """Whether `one` is at least as good on both axes and better on one."""
-    at_least = one.forgotten >= other.forgotten and one.retained >= other.retained
-    return at_least and (one.forgotten, one.retained) != (other.forgotten, other.retained)
-
-
 def front(points: Sequence[Point]) -> list[Point]:
     """The points that none dominates, by rising `forgotten`; of equal ones the first."""
     kept: list[Point] = []

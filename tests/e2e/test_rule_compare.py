@@ -97,7 +97,9 @@ def test_a_method_that_diverges_is_recorded_tried_once_and_leaves_no_model(compa
     assert "GA@1e+30 failed: " in process.stdout
     log = Path(told.rpartition("; ")[2].removesuffix(")"))
     assert log.read_text().count("unlearning step 1/") == 1
-    assert not (log.with_suffix("") / "model").exists()
+    folder = log.with_name(log.name.removesuffix(".log"))
+    assert (folder / "state.json").exists()
+    assert not (folder / "model").exists()
 
 
 def test_stage_one_and_the_original_are_asked_once(compared, reports):

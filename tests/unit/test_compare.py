@@ -11,7 +11,7 @@ from rich.console import Console
 from cluster.config import load
 from cluster.errors import UserError
 from cluster.models import load_tokenizer, resolve
-from jobs.rule import costs, tradeoff
+from jobs.rule import compare, costs, tradeoff
 from jobs.rule.compare import Entry, beside, entries, slug
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
@@ -142,6 +142,14 @@ def test_every_entry_has_files_of_its_own():
 def test_wrong_entries_are_told(text, told):
     with pytest.raises(UserError, match=told):
         entries(text)
+
+
+def test_a_password_of_the_tracking_server_reaches_a_run_but_no_file(demo):
+    uri = "http://me:hunter2@host:5000"
+    config = demo.config.model_copy(update={"tracking": demo.config.tracking.model_copy(update={"uri": uri})})
+    own = Run(config, demo.data, demo.source, Path("nowhere"), "")
+    assert "hunter2" not in json.dumps(compare._settings(Entry("GA", 1e-5), own, "127.0.0.1:1"))
+    assert compare._environment(config)["MLFLOW_TRACKING_URI"] == uri
 
 
 @pytest.fixture(scope="module")

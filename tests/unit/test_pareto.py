@@ -8,12 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.rule.pareto import Point, area, dominates, front, paired_difference, verdict
+from jobs.rule.pareto import Point, area, front, paired_difference, verdict
 
 HERE = [Point("a", 0.2, 0.9), Point("b", 0.5, 0.8), Point("c", 0.5, 0.6), Point("d", 0.9, 0.1), Point("e", 0.4, 0.7)]
 points = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12).map(
     lambda pairs: [Point(str(i), *pair) for i, pair in enumerate(pairs)]
 )
+
+
+def dominates(one: Point, other: Point) -> bool:
+    at_least = one.forgotten >= other.forgotten and one.retained >= other.retained
+    return at_least and (one.forgotten, one.retained) != (other.forgotten, other.retained)
 
 
 def test_front_by_hand():
