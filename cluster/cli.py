@@ -65,7 +65,7 @@ def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         cause = root_cause(error)
         if not isinstance(cause, UserError | JobFailure):
             traceback.print_exception(error)
-        print(f"error: {_sentence(cause)}", file=sys.stderr)
+        print(f"error: {sentence(cause)}", file=sys.stderr)
         return 2 if isinstance(cause, UserError) else 1
     return 0
 
@@ -94,7 +94,8 @@ def _inner(error: BaseException) -> BaseException | None:
     return None if isinstance(error, UserError | JobFailure) else error.__cause__
 
 
-def _sentence(cause: BaseException) -> str:
+def sentence(cause: BaseException) -> str:
+    """What a root cause is told as: its own words, with the name of its kind where it is no error of ours."""
     message = str(cause).strip()
     if isinstance(cause, UserError | JobFailure):
         return message

@@ -117,7 +117,7 @@ def load(
     def laid(above: dict, origin: str) -> dict:
         for section, value in above.items():
             _require_sections(schema, str(section), value, origin)
-        return _merge(values, above, origin, origins)
+        return _merge(schema, values, above, origin, origins)
 
     if profile is not None:
         if profile not in profiles:
@@ -145,6 +145,25 @@ def load(
     if config.train.precision != "auto":
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": fast_precision(config)})})
+
+
+def overlaid(config: SomeConfig, values: Mapping[str, Any], origin: str) -> SomeConfig:
+    """The configuration with dotted keys set to other values, checked as `load` does.
+
+    Raises:
+        UserError: unknown key (with the nearest known one), wrong type; `origin` says where the values came from.
+    """
+    origins: Origins = {}
+    content = config.model_dump()
+    for key, value in values.items():
+        nested = _under(key, value)
+        for section, below in nested.items():
+            _require_sections(type(config), section, below, origin)
+        content = _merge(type(config), content, nested, origin, origins)
+    try:
+        return type(config).model_validate(content)
+    except ValidationError as error:
+        raise UserError("; ".join(_sentences(error, type(config), origins))) from None
 
 
 def fast_precision(config: Config, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["float32", "bfloat16"]:
@@ -189,7 +208,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _is_another_system(key: str) -> bool:
-    return key.isidentifier() and importlib.util.find_spec(f"jobs.{key}") is not None
+    return key == "tune" or (key.isidentifier() and importlib.util.find_spec(f"jobs.{key}") is not None)
 
 
 def _read(path: Path) -> dict:
@@ -227,6 +246,10 @@ def _nest(key: str, text: str, origin: str) -> dict:
     except (yaml.YAMLError, ValueError):
         raise UserError(f"{origin}: {reprlib.repr(text)} is not a YAML value; quote it") from None
     _require_names(value, origin)
+    return _under(key, value)
+
+
+def _under(key: str, value: Any) -> dict:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
@@ -239,15 +262,19 @@ def _mark(values: object, origin: str, origins: Origins, prefix: str = "") -> No
             _mark(value, origin, origins, f"{prefix}{key}.")
 
 
-def _merge(below: dict, above: object, origin: str, origins: Origins) -> dict:
+def _merge(schema: type[BaseModel], below: dict, above: object, origin: str, origins: Origins) -> dict:
     _mark(above, origin, origins)
 
-    def merged(low: Any, high: Any) -> Any:
-        if isinstance(low, dict) and isinstance(high, dict):
-            return low | {key: merged(low.get(key), value) for key, value in high.items()}
-        return high
+    def merged(low: Any, high: Any, section: type[BaseModel] | None) -> Any:
+        if not (isinstance(low, dict) and isinstance(high, dict)):
+            return high
+        if section is None:  # a mapping of the user's own names: what stands under one is replaced whole
+            return low | high
+        fields = section.model_fields
+        inner = {key: _section_of(fields[key].annotation) if key in fields else None for key in high}
+        return low | {key: merged(low.get(key), value, inner[key]) for key, value in high.items()}
 
-    return merged(below, above or {})
+    return merged(below, above or {}, schema)
 
 
 def _sentences(error: ValidationError, schema: type[BaseModel], origins: Origins) -> Iterator[str]:

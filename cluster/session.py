@@ -14,6 +14,7 @@ from cluster.errors import JobFailure, UserError
 # Ray redirects print() in training workers, which breaks dill's use of dis inside `datasets` (thousands of log lines).
 # Threads that spin while they wait cost a factor of ten as soon as anything else runs on the cores.
 # oneDNN keeps a kernel for each of the last 1024 shapes, and rows and batches are of ever new ones: GiB in bfloat16.
+# A trial of Ray Tune stays in the folder of its driver, where relative paths mean what they say.
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
@@ -21,6 +22,7 @@ WORKER_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "10000",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 LISTENER_DEADLINE_S = 10.0
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYWARD_CACHE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
@@ -53,7 +55,7 @@ def prepare(config: Config) -> None:
 
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
-    """Ray for the time of a job.
+    """Ray for the time of a job; where this process has a Ray already, as in a trial of Ray Tune, that one.
 
     The address is `cluster.address`, or RAY_ADDRESS, as it is set inside a submitted job; with neither, a cluster is
     started on this machine, bound to loopback and guarded by a token of its own, and ended with the job.
@@ -66,6 +68,10 @@ def connected(config: Config) -> Iterator[None]:
 
     import ray
 
+    if ray.is_initialized():
+        _require_room(config)
+        yield
+        return
     demanded = config.train.num_workers * config.train.cpus_per_worker
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": True, "configure_logging": False}
     if address is None:
@@ -96,9 +102,14 @@ def on_worker(function, config: Config, *arguments, seconds: float):
     from ray.exceptions import GetTimeoutError, RayTaskError, WorkerCrashedError
 
     train = config.train
-    task = ray.remote(num_cpus=train.cpus_per_worker, num_gpus=train.gpus_per_worker, max_calls=1, max_retries=1)(
-        function
-    )
+    # "DEFAULT": a trial of Ray Tune would place it in its own group, which has no room for it
+    task = ray.remote(
+        num_cpus=train.cpus_per_worker,
+        num_gpus=train.gpus_per_worker,
+        max_calls=1,
+        max_retries=1,
+        scheduling_strategy="DEFAULT",
+    )(function)
     reference = task.remote(*arguments)
     try:
         return ray.get(reference, timeout=seconds)

@@ -182,14 +182,17 @@ class Tracker:
             return
         # A signal handler that ends the job (`ray job stop`) leaves by SystemExit, Ctrl-C by KeyboardInterrupt.
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
-        status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
         try:
-            with explained(self.uri, f"did not take the run's end ({status})"):
-                self._client.set_terminated(self.run_id, status=status)
+            self.end("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
         except JobFailure as failure:
             if kind is None:
                 raise
             logger.warning("%s", failure)
+
+    def end(self, status: str) -> None:
+        """Marks the run as FINISHED, KILLED or FAILED."""
+        with explained(self.uri, f"did not take the run's end ({status})"):
+            self._client.set_terminated(self.run_id, status=status)
 
     def metrics(self, values: Mapping[str, float], step: int, stage: str = "") -> None:
         """Log values at `step` (from 0), under "stage/name". Steps that a name already has are left as they are.

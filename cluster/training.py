@@ -7,7 +7,7 @@ of the run in it. Rank 0 writes it once; Ray Train keeps the newest and hands it
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from cluster.report import read_json, read_lines, write_json, write_lines
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from ray.train import UserCallback
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
     from cluster.tracking import Tracker
@@ -100,16 +101,21 @@ class CheckpointCallback(TrainerCallback):
         self.recorder = recorder
         self.samples = samples
         self.started = time.perf_counter()
+        self.seconds = 0.0
 
     def on_step_begin(self, args, state, control, **_) -> None:
         """Told by the trainer."""
         self.started = time.perf_counter()
 
+    def on_step_end(self, args, state, control, **_) -> None:
+        """Told by the trainer, before callbacks that look at the model in their own time."""
+        self.seconds = time.perf_counter() - self.started
+
     def on_log(self, args, state, control, logs=None, **_) -> None:
         """Told by the trainer."""
         figures = {key: value for key, value in (logs or {}).items() if value is not None and key != "epoch"}
         if "train_runtime" not in figures and figures:
-            figures["seconds/step"] = time.perf_counter() - self.started
+            figures["seconds/step"] = self.seconds
             self.recorder.record(state.global_step, figures, self.samples())
 
     def on_save(self, args, state, control, **_) -> None:
@@ -135,6 +141,16 @@ def world_size() -> int:
     import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """The `value` of every rank, by rank, on every rank."""
+    import torch.distributed as dist
+
+    found = [value] * world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
 
 
 def prepare_worker(train: Train) -> None:
@@ -249,11 +265,18 @@ def save_final(
     save_directory(model, tokenizer, output)
 
 
-def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, train: Train, folder: Path) -> None:
+def fit(
+    worker: Callable[[Any, Recorder], None],
+    task: Any,
+    recorder: Recorder,
+    train: Train,
+    folder: Path,
+    callbacks: Sequence["UserCallback"] = (),
+) -> None:
     """Runs `worker(task, recorder)` on every worker of a Ray Train group.
 
     `folder` keeps Ray Train's own state: the same folder again continues from the newest checkpoint. It is removed when
-    the stage is done.
+    the stage is done. `callbacks` hear what the workers report.
 
     Raises:
         UserError, JobFailure: a worker raised it.
@@ -285,6 +308,7 @@ def fit(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, 
             storage_path=str(folder.parent.resolve()),
             failure_config=FailureConfig(max_failures=train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=list(callbacks),
         ),
     )
     try:

@@ -1,4 +1,4 @@
-"""`python -m jobs.rule`: run, compare, evaluate, passages."""
+"""`python -m jobs.rule`: run, compare, attack, evaluate, passages."""
 
 import shlex
 import sys
@@ -80,6 +80,27 @@ def evaluate(
     from jobs.rule import job
 
     print(job.evaluate(loaded, model, gold, out, fresh, _command()))
+
+
+@app.command()
+def attack(
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="An unlearned model under a name; may be repeated.")
+    ] = None,
+    comparison: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of a finished comparison: its methods' best models.")
+    ] = None,
+    profile: cli.Profile = None,
+    config: cli.ConfigFile = None,
+    sets: cli.Set = None,
+    out: cli.Out = None,
+    fresh: cli.Fresh = False,
+) -> None:
+    """Try to bring back what was forgotten: rewording, prefilling, sampling, quantisation, relearning."""
+    loaded = load(RuleConfig, profile, config or [], sets or [])
+    from jobs.rule import attack as attacks
+
+    print(attacks.attack(loaded, attacks.chosen(model or [], comparison), out, fresh, _command()))
 
 
 @app.command()

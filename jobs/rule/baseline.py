@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,20 @@ from torch import Tensor
 from transformers import Trainer
 
 from cluster import training
-from cluster.config import Train
+from cluster.config import Generation, Train
 from cluster.errors import Diverged
+from cluster.generation import policy_engine
 from cluster.models import chat_ids, load_model, load_tokenizer
 from jobs.rule import methods
 from jobs.rule.config import Baseline
 from jobs.rule.corpora import Sample
 from jobs.rule.likelihood import token_logprobs
+from jobs.rule.looks import Looks
 from jobs.rule.methods.base import Corpus, Method, Scored
 from jobs.rule.methods.retain import kl_divergence, retain_loss
 from jobs.rule.packing import Group, PackedRow, can_share, pack, plain_rows, plan_rows, row_logits, row_logprobs
 from jobs.rule.steering import SCHEDULES
+from jobs.rule.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +42,9 @@ class BaselineTask:
     corpora: Mapping[Corpus, tuple[Sample, ...]]
     settings: Baseline
     train: Train
+    generation: Generation
     seed: int
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,16 @@ def unlearn(task: BaselineTask, recorder: training.Recorder) -> None:
             max_grad_norm=settings.max_grad_norm,
             remove_unused_columns=False,
         )
+        callbacks = [training.CheckpointCallback(recorder)]
+        if task.trace is not None:
+            engine = partial(policy_engine, model, tokenizer, task.generation, task.train)
+            callbacks.append(Looks(task.trace, tokenizer, recorder, engine))
         trainer = BaselineTrainer(
             model=model,
             args=arguments,
             train_dataset=joined(corpora, method.corpora, task.seed),
             data_collator=lambda batch: batch,
-            callbacks=[training.CheckpointCallback(recorder)],
+            callbacks=callbacks,
         )
         trainer.prepare(method, settings, task.train, original if method.needs_original_model else None, task.seed)
         training.run(trainer, recorder)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +212,7 @@ def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
 
     address = ray.get_runtime_context().gcs_address
     processes = Processes()
-    slots = _slots(own.values(), ray.cluster_resources())
+    slots = stages.slots(own.values(), ray.cluster_resources())
     with ThreadPoolExecutor(min(slots, len(own))) as pool:
         try:
             results = list(pool.map(lambda entry: _run(entry, own[entry], run.shared, address, processes), own))
@@ -221,20 +221,6 @@ def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
             processes.end()
             raise
     return {entry.name: why for entry, why in zip(own, results, strict=True) if why is not None}
-
-
-def _slots(runs: Iterable[job.Run], resources: Mapping[str, float]) -> int:
-    """How many runs the cluster's processors, GPUs and, as far as this node tells, memory hold at once."""
-    runs = list(runs)
-    train = runs[0].config.train
-    slots = resources.get("CPU", 1) // (train.num_workers * train.cpus_per_worker)
-    if train.gpus_per_worker:
-        slots = min(slots, resources.get("GPU", 0) // (train.num_workers * train.gpus_per_worker))
-    for run in runs:
-        for memory in stages.plan(run).memory.values():
-            if memory.place == "memory" and memory.present is not None:
-                slots = min(slots, memory.present // memory.needed)
-    return max(1, int(slots))
 
 
 def _run(entry: Entry, own: job.Run, shared: Path, address: str, processes: Processes) -> str | None:

@@ -126,6 +126,25 @@ class Evaluation(Section):
     judge: JudgeSettings | None = None
 
 
+class Attack(Section):
+    """What `python -m jobs.rule attack` does to a model."""
+
+    samples: int = Field(default=8, ge=1, le=MOST)
+    temperature: float = Field(default=1.0, gt=0)
+    bits: tuple[Literal[4, 8], ...] = (8, 4)
+    relearn_answers: int = Field(default=8, ge=1, le=MOST)
+    relearn_steps: int = Field(default=20, ge=1, le=MOST)
+    relearn_every: int = Field(default=5, ge=1, le=MOST)
+    relearn_learning_rate: float = Field(default=1e-5, gt=0)
+
+
+class TraceSettings(Section):
+    """How often a training is asked what it still knows, which draws its path (`jobs.rule.trace`)."""
+
+    every: int | None = Field(default=None, ge=1, le=MOST)
+    probes: int | None = Field(default=None, ge=1, le=MOST)
+
+
 class Rule(Section):
     """What to unlearn from which model."""
 
@@ -142,6 +161,8 @@ class Rule(Section):
     rebo: Rebo = Rebo()
     baseline: Baseline = Baseline()
     passages: Passages = Passages()
+    trace: TraceSettings = TraceSettings()
+    attack: Attack = Attack()
     evaluation: Evaluation = Evaluation()
 
     @property

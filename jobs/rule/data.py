@@ -19,6 +19,7 @@ PROBE_FILES = {
 }
 FORGET_KINDS = ("forget_fb", "forget_qa", "forget_aa")
 NEIGHBOR_KINDS = ("neighbor_fb", "neighbor_qa")
+RETAINED_KINDS = (*NEIGHBOR_KINDS, "general")
 HELDOUT_FORGET_KINDS = ("heldout_forget_qa", "heldout_forget_fb")
 HELDOUT_BOUNDARY_KINDS = ("heldout_boundary_qa", "heldout_boundary_fb")
 

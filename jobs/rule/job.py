@@ -4,12 +4,12 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import models, session
 from cluster.errors import UserError, paths_named
@@ -34,8 +34,12 @@ from jobs.rule.evaluate import (
     unpacked,
 )
 from jobs.rule.in_context import in_form
+from jobs.rule.trace import Trace, trace_of
 from jobs.scoring.entailment import resolve_entailment
 from jobs.scoring.judge import Judge
+
+if TYPE_CHECKING:
+    from ray.train import UserCallback
 
 EVALUATION_LIMIT_S = 6 * 3600
 
@@ -53,6 +57,8 @@ class Run:
     benchmarks: Benchmarks | None = None
     entailment: models.ModelSource | None = None
     shared: Path | None = None
+    trace: Trace | None = None
+    callbacks: Sequence["UserCallback"] = ()
     state: dict[str, Any] = field(default_factory=dict)
 
     def save(self, **news: Any) -> None:
@@ -95,16 +101,10 @@ def main(
         return finished
     with exclusively(run.folder), session.connected(config), tracked(run, "rule") as tracker:
         examined = {"original": evaluated(run, "original", run.source.path)}
-        if config.rule.method == methods.RULE:
-            start = run.source.path
-            if config.rule.rebo.start == "steered":
-                start = stages.steering(run, tracker, run.folder / "steered")
-                examined["steered"] = evaluated(run, "steered", start)
-            unlearned = stages.boundary_optimisation(run, tracker, start)
-        else:
-            unlearned = stages.other_method(run, tracker)
-        examined["unlearned"] = evaluated(run, "unlearned", unlearned)
-        return conclude(run, tracker, examined, unlearned)
+        run.trace = trace_of(config.rule, examined["original"].answers)
+        for stage, model in stages.unlearning(run, tracker):
+            examined[stage] = evaluated(run, stage, model)
+        return conclude(run, tracker, examined, model)
 
 
 def evaluate(
@@ -225,8 +225,8 @@ def exclusively(folder: Path):
 
 
 @contextmanager
-def tracked(run: Run, name: str):
-    """The job's MLflow run: a new one, or the one that an earlier driver of this run began."""
+def tracked(run: Run, name: str, parent: str | None = None):
+    """The job's MLflow run: a new one, or the one that an earlier driver of this run began; a child of `parent`."""
     tracking, storage = run.config.tracking, session.storage(run.config)
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
     with Tracker.open(
@@ -234,7 +234,8 @@ def tracked(run: Run, name: str):
         tracking.experiment,
         f"{name}-{run.folder.name}",
         run.config.model_dump(include={"rule", "train", "generation"}),
-        {"data_digest": data_digest(run.data), "target": run.data.target, "model": run.source.name},
+        {"data_digest": data_digest(run.data), "target": run.data.target, "model": run.source.name}
+        | ({"mlflow.parentRunId": parent} if parent else {}),
         run.state.get("mlflow_run_id"),
         storage if uri == default_uri(storage) else None,
     ) as tracker:

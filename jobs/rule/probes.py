@@ -15,6 +15,7 @@ from jobs.rule.data import (
     HELDOUT_BOUNDARY_KINDS,
     HELDOUT_FORGET_KINDS,
     NEIGHBOR_KINDS,
+    RETAINED_KINDS,
     Probe,
 )
 from jobs.rule.reward import refused
@@ -31,7 +32,7 @@ NO_ANSWER = "NOANSWER"
 AGGREGATES = {
     "forget": FORGET_KINDS,
     "neighbor": NEIGHBOR_KINDS,
-    "retain": (*NEIGHBOR_KINDS, "general"),
+    "retain": RETAINED_KINDS,
     "heldout_forget": HELDOUT_FORGET_KINDS,
     "heldout_boundary": HELDOUT_BOUNDARY_KINDS,
 }
@@ -53,17 +54,17 @@ class Answer:
         return vars(self.probe) | {key: value for key, value in vars(self).items() if key != "probe"}
 
 
-def probe_ids(tokenizer: "PreTrainedTokenizerBase", probe: Probe, form: str) -> list[int]:
-    """The prompt of a probe (RWKU, evaluation prompts).
+def probe_ids(tokenizer: "PreTrainedTokenizerBase", probe: Probe, form: str, prefill: str = "") -> list[int]:
+    """The prompt of a probe (RWKU, evaluation prompts); `prefill` is put into the model's mouth as well.
 
     In the form "rwku" probes get RWKU's instruction and "Answer:" opens the reply; in-context attacks stay raw and
     affirmative suffixes bring their own opening. Held-out training questions are asked as they were trained: raw.
     """
     if form == "plain" or probe.kind.startswith("heldout") or probe.type.startswith("incontext"):
-        return chat_ids(tokenizer, probe.query)
+        return chat_ids(tokenizer, probe.query, prefill)
     instruction = BLANK_INSTRUCTION if probe.kind.endswith("_fb") else ANSWER_INSTRUCTION
     opening = "" if probe.type.startswith("affirmative") else "Answer:"
-    return chat_ids(tokenizer, instruction + probe.query, opening)
+    return chat_ids(tokenizer, instruction + probe.query, " ".join(filter(None, (opening, prefill))))
 
 
 def ask(

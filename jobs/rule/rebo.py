@@ -13,6 +13,8 @@ from cluster.generation import Generator, chosen_engine, policy_engine
 from cluster.models import chat_ids, load_model, load_tokenizer
 from jobs.rule.config import Rebo
 from jobs.rule.data import Item, schedule
+from jobs.rule.looks import Looks
+from jobs.rule.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState
@@ -35,6 +37,7 @@ class ReboTask:
     generation: Generation
     seed: int
     stop: tuple[str, ...] = ()
+    trace: Trace | None = None
 
 
 def rebo(task: ReboTask, recorder: training.Recorder) -> None:
@@ -72,6 +75,10 @@ def rebo(task: ReboTask, recorder: training.Recorder) -> None:
         callbacks = [training.CheckpointCallback(recorder, lambda: trainer.new_samples())]
         if settings.stop_at_silent is not None:
             callbacks.append(StopAtSilence(settings.stop_at_silent))
+        if task.trace is not None:
+            callbacks.append(
+                Looks(task.trace, tokenizer, recorder, lambda: trainer.synced(), lambda: trainer.released())
+            )
         trainer = ReboTrainer(
             model=model,
             tokenizer=tokenizer,
@@ -113,6 +120,8 @@ def rollout_engine(owner: "ReboTrainer", task: ReboTask) -> Generator:
         from cluster.vllm_engine import RolloutEngine
 
         context = task.settings.max_prompt_tokens + task.settings.max_completion_tokens
+        if task.trace is not None:
+            context = max(context, task.trace.longest(owner.processing_class))
         return RolloutEngine(owner, task.generation, context)
     policy = owner.accelerator.unwrap_model(owner.model)
     return policy_engine(policy, owner.processing_class, task.generation, task.train)

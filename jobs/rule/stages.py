@@ -1,6 +1,6 @@
 """The trainings of a RULE run: its two stages, or one other method; what they need is checked before any starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from jobs.rule.plan import baseline_plan, baseline_steps, rule_plan, settled
 from jobs.rule.reward import make_reward
 
 if TYPE_CHECKING:
+    from jobs.rule.config import RuleConfig
     from jobs.rule.job import Run
     from jobs.rule.methods.base import Method
 
@@ -28,6 +29,7 @@ def check(run: "Run") -> None:
     method = methods.find(run.config.rule.method)
     if method is not None:
         _check_baseline(method, run.config.train)
+        _check_trace(run.config)
     elif run.config.rule.method != methods.PROMPT_ONLY:
         _check_rule(run)
     plan(run).require_fit()
@@ -40,6 +42,14 @@ def _check_baseline(method: "Method", train: Train) -> None:
         raise UserError(
             f"{method.name} keeps the original model beside the one in training, which train.strategy = fsdp does not "
             "share out; take ddp, or adapters (train.lora)"
+        )
+
+
+def _check_trace(config: "RuleConfig") -> None:
+    if config.rule.trace.every is not None and config.train.strategy == "fsdp":
+        raise UserError(
+            f"rule.trace.every asks the model of {config.rule.method} in training, which transformers cannot do where "
+            "train.strategy = fsdp shares out its weights; take ddp, or rule.trace.every=null"
         )
 
 
@@ -56,6 +66,8 @@ def _check_rule(run: "Run") -> None:
             "rule.rebo.reference = original needs a second model, which LoRA does without; "
             "take steered, or train.lora=null"
         )
+    if rule.method == methods.STEERING_ONLY:
+        _check_trace(run.config)
     if run.config.train.strategy == "fsdp" and chosen_engine(run.config.generation, run.config.train) != "vllm":
         raise UserError(
             "train.strategy = fsdp needs generation.engine = vllm: transformers cannot generate with sharded weights, "
@@ -77,6 +89,33 @@ def plan(run: "Run") -> Plan:
     return baseline_plan(run.config, method, run.corpora, run.source.path)
 
 
+def slots(runs: Iterable["Run"], resources: Mapping[str, float]) -> int:
+    """How many runs the cluster's processors, GPUs and, as far as this node tells, memory hold at once."""
+    runs = list(runs)
+    train = runs[0].config.train
+    room = resources.get("CPU", 1) // (train.num_workers * train.cpus_per_worker)
+    if train.gpus_per_worker:
+        room = min(room, resources.get("GPU", 0) // (train.num_workers * train.gpus_per_worker))
+    for run in runs:
+        for memory in plan(run).memory.values():
+            if memory.place == "memory" and memory.present is not None:
+                room = min(room, memory.present // memory.needed)
+    return max(1, int(room))
+
+
+def unlearning(run: "Run", tracker: Tracker) -> Iterator[tuple[str, Path]]:
+    """Stage and model of what `rule.method` makes, each trained when it is asked for; the last one is the result."""
+    rule = run.config.rule
+    if rule.method != methods.RULE:
+        yield "unlearned", other_method(run, tracker)
+        return
+    start = run.source.path
+    if rule.rebo.start == "steered":
+        start = steering(run, tracker, run.folder / "steered")
+        yield "steered", start
+    yield "unlearned", boundary_optimisation(run, tracker, start)
+
+
 def steering(run: "Run", tracker: Tracker, output: Path) -> Path:
     """Stage 1: the model learns that it may refuse."""
     from jobs.rule.steering import SteeringTask, steer
@@ -96,6 +135,7 @@ def steering(run: "Run", tracker: Tracker, output: Path) -> Path:
         rule.rebo.top_p,
         rule.seed,
         rule.stop,
+        run.trace if rule.method == methods.STEERING_ONLY else None,
     )
     epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)
     steps = -(-len(run.data.refusals) // rule.steering.batch_size) * epochs
@@ -121,6 +161,7 @@ def boundary_optimisation(run: "Run", tracker: Tracker, start: Path) -> Path:
         config.generation,
         rule.seed,
         rule.stop,
+        run.trace,
     )
     return trained(run, tracker, "rebo", rebo, task, rule.rebo.steps * rule.rebo.updates_per_rollout)
 
@@ -137,7 +178,17 @@ def other_method(run: "Run", tracker: Tracker) -> Path:
     from jobs.rule.baseline import BaselineTask, unlearn
 
     settings = settled(rule.baseline, methods.find(rule.method), ModelShape.of(run.source.path).layers)
-    task = BaselineTask(rule.method, run.source.path, output, run.corpora, settings, run.config.train, rule.seed)
+    task = BaselineTask(
+        rule.method,
+        run.source.path,
+        output,
+        run.corpora,
+        settings,
+        run.config.train,
+        run.config.generation,
+        rule.seed,
+        run.trace,
+    )
     return trained(run, tracker, "unlearning", unlearn, task, baseline_steps(settings, run.corpora))
 
 
@@ -148,5 +199,5 @@ def trained(run: "Run", tracker: Tracker, stage: str, worker: Callable, task: An
     if not (task.output / "config.json").exists():
         recorder = training.Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
         with run.phase(stage):
-            training.fit(worker, task, recorder, run.config.train, run.folder / f"train-{stage}")
+            training.fit(worker, task, recorder, run.config.train, run.folder / f"train-{stage}", run.callbacks)
     return task.output

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from cluster.generation import Sampling, policy_engine
 from cluster.models import chat_ids, load_model, load_tokenizer
 from jobs.rule.config import Steering
 from jobs.rule.data import Refusal
+from jobs.rule.looks import Looks
 from jobs.rule.packing import Group, can_share, pack, plain_rows, plan_rows, row_logprobs
 from jobs.rule.reward import refused
+from jobs.rule.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState
@@ -46,6 +49,7 @@ class SteeringTask:
     top_p: float
     seed: int
     stop: tuple[str, ...] = ()
+    trace: Trace | None = None
 
 
 def steer(task: SteeringTask, recorder: training.Recorder) -> None:
@@ -74,6 +78,9 @@ def steer(task: SteeringTask, recorder: training.Recorder) -> None:
             callbacks.append(StopAtRefusal(task, tokenizer, recorder))
         if stop_after is not None and stop_after < task.settings.epochs:
             callbacks.append(StopAtStep(round(stop_after * steps_per_epoch)))
+        if task.trace is not None:
+            engine = partial(policy_engine, model, tokenizer, task.generation, task.train)
+            callbacks.append(Looks(task.trace, tokenizer, recorder, engine))
         trainer = SteeringTrainer(
             model=model,
             args=arguments,

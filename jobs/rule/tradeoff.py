@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
-from cluster.report import Metric, read_json
-from jobs.rule.data import FORGET_KINDS, NEIGHBOR_KINDS
+from cluster.report import Metric, read_json, read_lines
+from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS
 from jobs.rule.evaluate import unpacked
 from jobs.rule.pareto import Point, area, front, paired_difference, verdict
 from jobs.rule.probes import Answer, known
+from jobs.rule.shared import HISTORY
+from jobs.rule.trace import AXES
 from jobs.scoring.intervals import mean_interval
 
 if TYPE_CHECKING:
@@ -20,9 +22,7 @@ if TYPE_CHECKING:
 
 STAGES = ("steered", "unlearned")
 TRAININGS = ("steering", "rebo", "unlearning")
-AXES = ("forgotten", "retained")
 FLOORS = (0.0, 0.4, 0.5, 0.6, 0.7)
-RETAINED_KINDS = (*NEIGHBOR_KINDS, "general")
 COPIED = {
     "refusal": "known/forget/refusal",
     "over_refusal": "retain/refusal",
@@ -68,9 +68,11 @@ def outcome(
     is_known = known(original, threshold)
     scores: dict[str, list[float]] = {}
     trace = []
+    looks = [Point(name, *(row[axis] for axis in AXES)) for row in read_lines(folder / HISTORY) if AXES[0] in row]
     for stage in STAGES:
         if (folder / "answers" / f"{stage}.json").exists():
             scores = _scores(_answers(folder, stage), is_known)
+            trace += looks if stage == STAGES[-1] else []
             trace.append(Point(name, *(sum(scores[axis]) / len(scores[axis]) for axis in AXES)))
     found = report["metrics"]["unlearned"]
     copied = {short: _metric(found[long]) for short, long in COPIED.items() if long in found}

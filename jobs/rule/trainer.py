@@ -159,9 +159,7 @@ class ReboTrainer(GRPOTrainer):
     def _rollout(self, indices: list[int]) -> RolloutBatch:
         settings, device = self.settings, self.accelerator.device
         with self._timed("sync"):
-            sync = getattr(self.engine, "sync", None)
-            if sync is not None:
-                sync()
+            self.synced()
         with self._timed("rollout"):
             sampling = Sampling(
                 max_new_tokens=settings.max_completion_tokens,
@@ -172,9 +170,7 @@ class ReboTrainer(GRPOTrainer):
                 seed=(self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.accelerator.process_index,
             )
             completions = self.engine.generate([self.item_prompts[i] for i in indices], sampling)
-            release = getattr(self.engine, "release", None)
-            if release is not None:
-                release()
+            self.released()
         with self._timed("reward"):
             rewards = torch.tensor(
                 [
@@ -197,6 +193,19 @@ class ReboTrainer(GRPOTrainer):
         with self._timed("reference"):
             reference = [self._reference_logprobs(row) for row in rows]
         return RolloutBatch(rows, advantages.flatten().to(device), reference, total)
+
+    def synced(self) -> Generator:
+        """The engine, with the policy's present weights."""
+        sync = getattr(self.engine, "sync", None)
+        if sync is not None:
+            sync()
+        return self.engine
+
+    def released(self) -> None:
+        """Frees what the engine needs only while it generates."""
+        release = getattr(self.engine, "release", None)
+        if release is not None:
+            release()
 
     def _advantages(self, rewards: torch.Tensor, completions: list[list[Completion]]) -> torch.Tensor:
         """Advantage of each completion (groups, completions) by `rebo.advantage`."""

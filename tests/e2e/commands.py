@@ -150,12 +150,17 @@ class Running:
 
 def start_rule(storage: Path, *arguments: str) -> Running:
     """`python -m jobs.rule`, not waited for."""
+    return start(rule_command(*arguments), storage)
+
+
+def start(command: Sequence[str], storage: Path) -> Running:
+    """A command line, not waited for, with all results below `storage`."""
     storage.mkdir(parents=True, exist_ok=True)
     number = len(list(storage.glob("*.out")))
     output, errors = storage / f"{number}.out", storage / f"{number}.err"
     with output.open("wb") as out, errors.open("wb") as err:
         process = subprocess.Popen(
-            rule_command(*arguments),
+            command,
             cwd=ROOT,
             env=clean_environment() | {"RAYWARD_STORAGE": str(storage)},
             stdout=out,

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.config import DEFAULT_FILE, fast_precision, leaves, load
+from cluster.config import DEFAULT_FILE, fast_precision, leaves, load, overlaid
 from cluster.errors import UserError
 from jobs.rule.config import RuleConfig
+from tune.config import Dimension, Search
+from tune.rule import SearchConfig
 
 ROOT = Path(__file__).parents[2]
 SHOWN_IN_COMMENTS = {"train.lora": "train", "rule.evaluation.judge": "rule", "rule.evaluation.entailment": "rule"}
@@ -52,11 +54,32 @@ def test_later_sources_win(sources, given, steps):
     assert load(RuleConfig, base=sources["base"], **chosen).rule.rebo.steps == steps
 
 
+def test_values_laid_over_a_configuration_are_checked_as_those_of_a_file():
+    config = load(RuleConfig, "laptop", environ={})
+    changed = overlaid(config, {"rule.rebo.steps": 7, "train.lora": {"rank": 8, "alpha": 16}}, "a trial")
+    assert (changed.rule.rebo.steps, changed.train.lora.rank) == (7, 8)
+    assert overlaid(config, {}, "a trial") == config
+    for keys, told in (
+        ({"rule.rebo.stepz": 7}, r"a trial: unknown key rule\.rebo\.stepz.*rule\.rebo\.steps"),
+        ({"rule.rebo.steps": 0}, r"a trial: rule\.rebo\.steps = 0 is wrong"),
+        ({"rule.rebo": 3}, r"a trial: rule\.rebo = 3 is wrong: it is a section"),
+    ):
+        with pytest.raises(UserError, match=told):
+            overlaid(config, keys, "a trial")
+
+
 def test_what_a_source_leaves_out_stays():
     config = load(RuleConfig, "laptop", sets=["rule.rebo.reward.target_bonus=0.1"], environ={})
     assert config.rule.rebo.reward.target_bonus == 0.1
     assert config.rule.rebo.reward.behave_weight == 0.7
     assert config.rule.rebo.learning_rate == 1.5e-5
+
+
+def test_a_name_of_the_users_own_is_replaced_whole():
+    key = "rule.rebo.kl_coefficient"
+    space = load(SearchConfig, sets=[f"tune.rule.space={{{key}: {{uniform: [0, 1]}}}}"], environ={}).tune.rule.space
+    assert space[key] == Dimension(uniform=(0, 1))
+    assert "rule.rebo.learning_rate" in space
 
 
 def test_null_sections_are_filled_by_dotted_keys():
@@ -134,18 +157,23 @@ def test_an_unknown_profile_names_the_known_ones():
 
 def test_the_base_values_are_the_defaults_of_the_classes():
     assert load(RuleConfig, environ={}) == RuleConfig()
+    search = load(SearchConfig, environ={}).tune.rule
+    assert search.space
+    assert search.model_copy(update={"space": {}}) == Search()
 
 
 @pytest.mark.parametrize("profile", ["laptop", "gpu"])
 def test_each_profile_is_valid(profile):
     load(RuleConfig, profile, environ={})
+    load(SearchConfig, profile, environ={})
 
 
-def test_every_key_is_in_the_file_with_a_comment():
+@pytest.mark.parametrize("schema", [RuleConfig, SearchConfig])
+def test_every_key_is_in_the_file_with_a_comment(schema):
     text = DEFAULT_FILE.read_text(encoding="utf-8")
     base = yaml.safe_load(text)
     sections = text.partition("\nprofiles:")[0]
-    for key in leaves(RuleConfig):
+    for key in leaves(schema):
         parent = next((name for name in SHOWN_IN_COMMENTS if key.startswith(f"{name}.")), None)
         leaf = key.rpartition(".")[2]
         if parent is not None:
@@ -164,7 +192,8 @@ def test_every_key_is_in_the_file_with_a_comment():
 
 def test_configuration_loads_neither_torch_nor_ray():
     code = (
-        "import sys, cluster.config, cluster.cli, jobs.rule.config; print(sorted({'torch', 'ray'} & set(sys.modules)))"
+        "import sys, cluster.config, cluster.cli, jobs.rule.config, tune.rule;"
+        "print(sorted({'torch', 'ray'} & set(sys.modules)))"
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"

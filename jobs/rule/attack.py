@@ -1,0 +1,239 @@
+"""`python -m jobs.rule attack`: how much of what was forgotten comes back, and by which attack.
+
+Every model is asked the same known forget probes: plainly, reworded, prefilled, sampled, quantised, and after a few
+steps of relearning on other forget questions with their true answers. What is done is kept, so that the same command
+goes on where it was ended.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import models, session, training
+from cluster.errors import UserError, paths_named
+from cluster.generation import chosen_engine
+from cluster.report import Metric, digest, machine, read_json, read_lines, write_json
+from cluster.tracking import Tracker, git_commit, masked
+from cluster.tracking_store import without_credentials
+from jobs.rule import attack_report, job, tradeoff
+from jobs.rule import report as reporting
+from jobs.rule.attacks import PLAIN, AttackTask, attacked
+from jobs.rule.config import RuleConfig, Steering
+from jobs.rule.data import Probe, Refusal
+from jobs.rule.pareto import paired_difference
+from jobs.rule.probes import Answer
+from jobs.rule.trace import LAST_LOOK, Trace, known_probes
+from jobs.scoring.intervals import mean_interval
+
+ORIGINAL = "original"
+RELEARNING = "relearning"
+KINDS = ("forget_fb", "forget_qa")  # attacks of the data's own (forget_aa) would be attacked twice
+LIMIT_S = 6 * 3600
+NAME = re.compile(r"[\w.+@-]+")
+
+
+def chosen(named: Sequence[str], comparison: Path | None) -> dict[str, Path]:
+    """Name -> directory, from NAME=DIR texts and from the best runs of a finished comparison.
+
+    Raises:
+        UserError: neither is given, a text of another form, a name twice, a folder that holds no comparison.
+    """
+    found: dict[str, Path] = {}
+    if comparison is not None:
+        report = read_json(comparison / "report.json")
+        if not isinstance(report, dict) or report.get("job") != "compare":
+            raise UserError(f"--comparison {comparison} holds no finished comparison; name its folder")
+        found = {name: Path(report["runs"][name]) / "model" for name in report["best"].values()}
+    for text in named:
+        name, equals, folder = text.partition("=")
+        if not equals or not NAME.fullmatch(name):
+            raise UserError(f"--model {text} is not of the form NAME=DIR, where NAME has letters, digits and . + @ - _")
+        if name in found or name == ORIGINAL:
+            raise UserError(f"--model {text}: there is a model {name} already; take another name")
+        found[name] = Path(folder)
+    if not found:
+        raise UserError("attack needs models: --model NAME=DIR, or --comparison DIR for the best runs of a comparison")
+    return found
+
+
+def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fresh: bool, command: str) -> Path:
+    """Attacks every model, the original as well, and writes the report; returns its path.
+
+    Raises:
+        UserError: a model that cannot be read, too few known probes, or weights that are shared out (fsdp).
+    """
+    if config.train.strategy == "fsdp":
+        raise UserError("attack asks models in training, which train.strategy = fsdp does not let it; take ddp")
+    with paths_named():
+        sources = {name: models.resolve(str(folder)) for name, folder in named.items()}
+        pinned = digest([[name, source.version] for name, source in sources.items()])
+        run = job.prepare(config, out, command, what=f"attack-{pinned[:6]}")
+        job.claim(run, fresh)
+    paths = {ORIGINAL: run.source.path} | {name: source.path for name, source in sources.items()}
+    known = read_json(run.folder / "report.json")
+    if known is not None:
+        print(f"these attacks are finished (--fresh starts them over): {run.folder}")
+        attack_report.show(known)
+        return run.folder / "report.json"
+    with job.exclusively(run.folder), session.connected(config), job.tracked(run, "rule-attack") as tracker:
+        answers = job.evaluated(run, ORIGINAL, run.source.path).answers
+        tradeoff.require_known(answers, config.rule.evaluation.known_threshold)
+        lessons, probes = split(answers, config)
+        scores = {name: _scores(run, name, path, probes) for name, path in paths.items()}
+        curves = {name: _relearned(run, tracker, name, path, lessons, probes, answers) for name, path in paths.items()}
+        for name, curve in curves.items():
+            scores[name][f"{RELEARNING}/{len(lessons)} answers"] = curve["scores"]
+        content = _content(run, scores, {name: curve["steps"] for name, curve in curves.items()})
+        content["mlflow"] = {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id}
+        plot = run.folder / "plots" / "attacks.png"
+        plot.parent.mkdir(exist_ok=True)
+        attack_report.figure(content).savefig(plot, dpi=150)
+        for name, found in content["metrics"].items():
+            tracker.metrics({key: metric["value"] for key, metric in found.items()}, step=0, stage=name)
+        path = write_json(content, run.folder / "report.json")
+        for artifact in (plot, path):
+            tracker.artifact(artifact)
+    attack_report.show(content)
+    return path
+
+
+def split(answers: Sequence[Answer], config: RuleConfig) -> tuple[tuple[Refusal, ...], tuple[Probe, ...]]:
+    """Questions with their true answers to relearn from, and the probes that every attack asks: known ones, no overlap.
+
+    Raises:
+        UserError: fewer than two known probes are left to ask.
+    """
+    rule = config.rule
+    known = [probe for probe in known_probes(answers, rule.evaluation.known_threshold, None) if probe.kind in KINDS]
+    wanted = rule.attack.relearn_answers
+    if len(known) < wanted + 2:
+        raise UserError(
+            f"rule.attack.relearn_answers = {wanted} leaves {max(0, len(known) - wanted)} of {len(known)} known forget "
+            "probes to ask; lower it"
+        )
+    taken = {index * len(known) // wanted for index in range(wanted)}
+    lessons = [Refusal(known[index].query, known[index].answer, index) for index in sorted(taken)]
+    return tuple(lessons), tuple(probe for index, probe in enumerate(known) if index not in taken)
+
+
+def _scores(run: job.Run, name: str, path: Path, probes: tuple[Probe, ...]) -> dict[str, list[float]]:
+    rule, config = run.config.rule, run.config
+    everything = (None, *rule.attack.bits)
+    # vLLM does not let go of a GPU, so that every engine gets a process of its own
+    alone = chosen_engine(config.generation, config.train) == "vllm"
+    found: dict[str, list[float]] = {}
+    for bits in [(one,) for one in everything] if alone else [everything]:
+        kept = run.folder / "attacks" / name / f"asked-{'-'.join(str(one or 'full') for one in bits)}.json"
+        known = read_json(kept)
+        if known is None:
+            print(f"asking {name}", flush=True)
+            task = AttackTask(
+                path, probes, rule.attack, rule.evaluation, config.generation, config.train, rule.seed, bits
+            )
+            with run.phase(f"asking {name}, {kept.stem}"):
+                known = session.on_worker(attacked, config, task, seconds=LIMIT_S)
+            write_json(known, kept)
+        found |= known
+    return found
+
+
+def _relearned(
+    run: job.Run,
+    tracker: Tracker,
+    name: str,
+    path: Path,
+    lessons: tuple[Refusal, ...],
+    probes: tuple[Probe, ...],
+    original: Sequence[Answer],
+) -> dict[str, Any]:
+    """Recall after each few steps of relearning, and the recall of each probe after the last."""
+    from jobs.rule.steering import SteeringTask, steer
+
+    rule, config = run.config.rule, run.config
+    folder = run.folder / "attacks" / name
+    kept = folder / f"{RELEARNING}.json"
+    known = read_json(kept)
+    if known is not None:
+        return known
+    settings = rule.attack
+    batch = min(len(lessons), 8)
+    steering = Steering(
+        learning_rate=settings.relearn_learning_rate,
+        epochs=settings.relearn_steps * batch / len(lessons),
+        stop_after_epochs=None,
+        batch_size=batch,
+        warmup_steps=0,
+        schedule="constant",
+        max_tokens=rule.steering.max_tokens,
+    )
+    limit = rule.trace.probes or len(probes)
+    others = [p for p in known_probes(original, rule.evaluation.known_threshold, limit) if "forget" not in p.kind]
+    trace = Trace(settings.relearn_every, (*probes, *others), rule.evaluation, rule.stop)
+    task = SteeringTask(
+        path,
+        folder / "relearned",
+        lessons,
+        (),
+        steering,
+        config.train,
+        config.generation,
+        rule.rebo.max_completion_tokens,
+        rule.rebo.temperature,
+        rule.rebo.top_p,
+        rule.seed,
+        trace=trace,
+    )
+    stage = f"{RELEARNING}-{name}"
+    recorder = training.Recorder(stage, folder, settings.relearn_steps, tracker.uri, tracker.run_id)
+    with run.phase(f"{RELEARNING} of {name}"):
+        training.fit(steer, task, recorder, config.train, folder / "train")
+    shutil.rmtree(task.output, ignore_errors=True)
+    steps = {
+        str(row["step"]): {"forget": 1 - row["forgotten"], "retain": row["retained"]}
+        for row in read_lines(folder / training.HISTORY)
+        if "forgotten" in row
+    }
+    recalls = [1 - value for value in read_json(folder / LAST_LOOK)["scores"]["forgotten"]]
+    return read_json(write_json({"steps": steps, "scores": recalls}, kept))
+
+
+def _content(
+    run: job.Run, scores: Mapping[str, Mapping[str, Sequence[float]]], curves: Mapping[str, Any]
+) -> dict[str, Any]:
+    seed = run.config.rule.seed
+    metrics: dict[str, dict[str, Metric]] = {}
+    for name, by_attack in scores.items():
+        worst = worst_of(by_attack)
+        metrics[name] = {f"recall/{key}": mean_interval(values, seed) for key, values in (by_attack | worst).items()}
+        metrics[name] |= {
+            f"regained/{key}": paired_difference(values, by_attack[PLAIN], seed)
+            for key, values in (by_attack | worst).items()
+            if key != PLAIN
+        }
+    return {
+        "system": "rule",
+        "job": "attack",
+        "targets": [run.data.target],
+        "model": run.source.name,
+        "model_version": run.source.version,
+        "command": without_credentials(run.command),
+        "configuration": masked(run.config.model_dump()),
+        "data_digests": {run.config.rule.data: job.data_digest(run.data)},
+        "metrics": {name: {key: one.to_json() for key, one in found.items()} for name, found in metrics.items()},
+        "relearning": dict(curves),
+        "seconds": run.state["seconds"],
+        "machine": machine(),
+        "commit": git_commit(Path(__file__).parents[2]),
+        "versions": reporting.versions(),
+    }
+
+
+def worst_of(by_attack: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Of rewordings and of prefillings, the one that brings most back, probe by probe: KIND/any."""
+    worst = {}
+    for kind in ("rewording", "prefilling"):
+        variants = [values for key, values in by_attack.items() if key.startswith(f"{kind}/")]
+        worst[f"{kind}/any"] = [max(values) for values in zip(*variants, strict=True)]
+    return worst

@@ -1,0 +1,76 @@
+"""What attacks brought back: a table, a row an attack and a column a model, and the curves of relearning."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+RECALL, REGAINED = "recall/", "regained/"
+
+
+def show(content: Mapping[str, Any]) -> None:
+    """The table on the console."""
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 150)
+    console.print(table(content))
+
+
+def table(content: Mapping[str, Any]) -> "Table":
+    """Recall of each attack in percent with its interval; behind it the points regained over the plain question."""
+    from rich import box
+    from rich.table import Table
+
+    metrics = content["metrics"]
+    first = next(iter(metrics.values()))
+    shown = Table(title="What attacks bring back", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("attack", no_wrap=True)
+    for name in metrics:
+        shown.add_column(name, justify="right")
+    for key in (key.removeprefix(RECALL) for key in first if key.startswith(RECALL)):
+        shown.add_row(key, *(_cell(found, key) for found in metrics.values()))
+    count = first[f"{RECALL}plain"]["n"]
+    shown.caption = (
+        f"ROUGE-L recall in percent on {count} forget probes that the original knows, with 95 % intervals; in brackets "
+        "the points\nthat come back over the plain question, marked * where their paired interval leaves out 0."
+    )
+    shown.caption_justify = "left"
+    return shown
+
+
+def figure(content: Mapping[str, Any]) -> "Figure":
+    """Recall of the forgotten over the steps of relearning, a line a model; dashed: recall of what was kept."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(8.4, 5), layout="constrained")
+    axes = drawn.add_subplot()
+    colours = colormaps["tab10"].colors
+    for index, (name, steps) in enumerate(content["relearning"].items()):
+        colour = colours[index % len(colours)]
+        plain = content["metrics"][name][f"{RECALL}plain"]["value"]
+        numbers = sorted(map(int, steps))
+        forget = [plain, *(steps[str(step)]["forget"] for step in numbers)]
+        axes.plot([0, *numbers], forget, marker="o", markersize=4, color=colour, label=name)
+        axes.plot(numbers, [steps[str(step)]["retain"] for step in numbers], linestyle="--", color=colour, alpha=0.5)
+    axes.set_xlabel("steps of relearning on other forget questions")
+    axes.set_ylabel("recall of the forgotten (dashed: of the retained)")
+    axes.set_ylim(-0.03, 1.03)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    return drawn
+
+
+def _cell(found: Mapping[str, Any], key: str) -> str:
+    recall = found[f"{RECALL}{key}"]
+    low, high = (100 * end for end in recall["ci95"])
+    text = f"{100 * recall['value']:.0f} [{low:.0f}, {high:.0f}]"
+    regained = found.get(f"{REGAINED}{key}")
+    if regained is None:
+        return text
+    decided = "*" if regained["ci95"][0] > 0 or regained["ci95"][1] < 0 else ""
+    return f"{text} ({100 * regained['value']:+.0f}{decided})"

@@ -1,0 +1,71 @@
+"""The path of a training: what the model still knows of the target and of the rest, asked every few steps.
+
+Comparisons draw the path (RULE, trade-off figure), and searches end a trial early by it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.errors import UserError
+from jobs.rule.config import Evaluation, Rule
+from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS, Probe
+from jobs.rule.probes import Answer, known, probe_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AXES = ("forgotten", "retained")
+LAST_LOOK = "last_look.json"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Which probes a training asks, and how often: after each `every` steps and after the last."""
+
+    every: int
+    probes: tuple[Probe, ...]
+    settings: Evaluation
+    stop: tuple[str, ...] = ()
+
+    def longest(self, tokenizer: "PreTrainedTokenizerBase") -> int:
+        """Tokens of the longest probe with its answer."""
+        return self.settings.max_new_tokens + max(
+            len(probe_ids(tokenizer, probe, self.settings.prompt_form)) for probe in self.probes
+        )
+
+
+def trace_of(rule: Rule, original: Sequence[Answer]) -> Trace | None:
+    """What `rule.trace` asks for, given the original's answers; None where it never looks.
+
+    Raises:
+        UserError: the original answers no forget probe, or no retained one.
+    """
+    if rule.trace.every is None:
+        return None
+    probes = known_probes(original, rule.evaluation.known_threshold, rule.trace.probes)
+    return Trace(rule.trace.every, probes, rule.evaluation, rule.stop)
+
+
+def known_probes(original: Sequence[Answer], threshold: float, limit: int | None) -> tuple[Probe, ...]:
+    """Probes that the original answers, evenly thinned out to `limit` a side: forget ones, then retained ones.
+
+    Raises:
+        UserError: a side has none.
+    """
+    is_known = known(original, threshold)
+    chosen: list[Probe] = []
+    for name, kinds in zip(AXES, (FORGET_KINDS, RETAINED_KINDS), strict=True):
+        side = [a.probe for a, knows in zip(original, is_known, strict=True) if knows and a.probe.kind in kinds]
+        if not side:
+            raise UserError(f"the original model answers no probe that could be {name}; take other data or model")
+        count = len(side) if limit is None else min(limit, len(side))
+        chosen += [side[index * len(side) // count] for index in range(count)]
+    return tuple(chosen)
+
+
+def scores(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    """1 - recall of each forget probe, recall of each other one; 0 to 1, more is better."""
+    forgotten = [1 - answer.rouge_l_recall for answer in answers if answer.probe.kind in FORGET_KINDS]
+    retained = [answer.rouge_l_recall for answer in answers if answer.probe.kind in RETAINED_KINDS]
+    return dict(zip(AXES, (forgotten, retained), strict=True))

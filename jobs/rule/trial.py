@@ -1,0 +1,72 @@
+"""One trial of a search: an ordinary training of RULE that is looked at on the way, without the report of a run."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster import session
+from cluster.report import Metric, read_json
+from cluster.tracking import Tracker
+from jobs.rule import job, stages
+from jobs.rule.config import RuleConfig
+from jobs.rule.trace import LAST_LOOK, trace_of
+from jobs.scoring.intervals import mean_interval
+
+if TYPE_CHECKING:
+    from ray.train import UserCallback
+
+
+def trial(
+    config: RuleConfig, folder: Path, shared: Path, parent: str, callbacks: Sequence["UserCallback"]
+) -> dict[str, float]:
+    """Trains in `folder`, or goes on there, and returns the last look: its step, and the mean of each axis.
+
+    Args:
+        config: with `rule.trace.every`.
+        shared: folder of what trials have in common (`jobs.rule.shared`).
+        parent: MLflow run of the search.
+        callbacks: hear the looks.
+
+    Raises:
+        UserError, JobFailure: as a run does.
+    """
+    run = job.prepare(config, folder, "")
+    stages.check(run)
+    job.claim(run, fresh=False)
+    run.shared, run.callbacks = shared, callbacks
+    with job.exclusively(run.folder), session.connected(config), job.tracked(run, "rule-trial", parent) as tracker:
+        return _trained(run, tracker)
+
+
+def _trained(run: job.Run, tracker: Tracker) -> dict[str, float]:
+    if "look" not in run.state:
+        original = job.evaluated(run, "original", run.source.path)
+        run.trace = trace_of(run.config.rule, original.answers)
+        for _ in stages.unlearning(run, tracker):
+            pass
+        last = read_json(run.folder / LAST_LOOK)
+        means = {axis: sum(values) / len(values) for axis, values in last["scores"].items()}
+        run.save(look={"step": last["step"]} | means)
+    return run.state["look"]
+
+
+def intervals(folder: Path, seed: int) -> dict[str, Metric]:
+    """The last look of a trial's folder, each axis with its interval; empty before the first."""
+    last = read_json(folder / LAST_LOOK)
+    return {axis: mean_interval(values, seed) for axis, values in last["scores"].items()} if last else {}
+
+
+def stopped(folder: Path, failed: bool) -> None:
+    """Marks the MLflow run of a trial that was ended from outside."""
+    state = read_json(folder / "state.json")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or (state or {}).get("tracking_uri")
+    if state and "mlflow_run_id" in state:
+        Tracker.attach(uri, state["mlflow_run_id"]).end("FAILED" if failed else "KILLED")
+
+
+def clear(folder: Path) -> None:
+    """Removes a trial's weights and training states; the file of the best configuration trains it again."""
+    for path in (*folder.glob("train-*"), folder / "model", folder / "steered"):
+        shutil.rmtree(path, ignore_errors=True)

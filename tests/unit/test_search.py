@@ -1,0 +1,169 @@
+"""A search's memory without a cluster: records, what Optuna and ASHA are told of earlier trials, the report."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+from rich.console import Console
+
+from tune import report
+from tune.config import Dimension, Search
+from tune.search import COMPLETE, FAILED, RUNNING, STOPPED, Halving, Keeper, Plan, Proposals, Record
+
+OBJECTIVES = ("forgotten", "retained")
+LOW, HIGH = {"x": 0.1, "y": "a"}, {"x": 0.9, "y": "b"}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    ended = []
+    space = {"x": Dimension(uniform=(0, 1)), "y": Dimension(choice=["a", "b"])}
+    made = Plan(
+        tmp_path,
+        Search(trials=6, grace_steps=2),
+        space,
+        OBJECTIVES,
+        8,
+        1,
+        lambda *_: {},
+        lambda record, folder: ended.append((record.number, record.state, folder.name)),
+    )
+    return SimpleNamespace(plan=made, ended=ended)
+
+
+def looks(*spans: float) -> list[dict[str, float]]:
+    return [{"step": 2 * (index + 1), "forgotten": span, "retained": 0.5} for index, span in enumerate(spans)]
+
+
+def trial(number: int, values: dict) -> SimpleNamespace:
+    return SimpleNamespace(trial_id=f"t{number}", config={"number": number, "values": values}, last_result={})
+
+
+def told(step: int, span: float) -> dict[str, float]:
+    return {"step": step, "forgotten": span, "retained": 1.0, "spanned": span, "time_total_s": 3.21}
+
+
+def test_records_come_back_in_order(plan):
+    for record in (Record(11, HIGH, STOPPED, looks(0.3), 2.0), Record(2, LOW), Record(0, {}, FAILED, message="why")):
+        plan.plan.keep(record)
+    (plan.plan.folder / "trials" / "000-failure.json").write_text("{}")
+    assert [vars(record) for record in plan.plan.records()] == [
+        vars(Record(0, {}, FAILED, message="why")),
+        vars(Record(2, LOW)),
+        vars(Record(11, HIGH, STOPPED, looks(0.3), 2.0)),
+    ]
+
+
+def test_a_new_search_begins_with_the_configuration_as_it_is(plan):
+    proposals = Proposals(plan.plan, [], [])
+    assert proposals.suggest("a") == {"number": 0, "values": {}}
+    drawn = proposals.suggest("b")
+    assert drawn["number"] == 1
+    assert set(drawn["values"]) == {"x", "y"}
+    proposals.on_trial_complete("a", {"forgotten": 1, "retained": 1})
+    proposals.on_trial_complete("b", {"forgotten": 0.2, "retained": 0.4})
+    assert [done.values for done in proposals._ot_study.trials] == [[0.2, 0.4]]
+
+
+def test_what_was_running_starts_again_under_its_number_and_what_ended_is_known(plan):
+    ended = [Record(0, {}, COMPLETE, looks(0.5)), Record(1, LOW, STOPPED, looks(0.4)), Record(2, HIGH, FAILED)]
+    proposals = Proposals(plan.plan, ended, [Record(3, HIGH), Record(4, LOW)])
+    assert [done.params for done in proposals._ot_study.trials] == [LOW]
+    assert proposals.suggest("a") == {"number": 3, "values": HIGH}
+    assert proposals.suggest("b") == {"number": 4, "values": LOW}
+    assert proposals.suggest("c")["number"] == 5
+
+
+def test_a_search_that_goes_on_draws_something_new(plan):
+    first = Proposals(plan.plan, [], [])
+    first.suggest("default")
+    drawn = [first.suggest(str(index))["values"]["x"] for index in range(2)]
+    later = Proposals(plan.plan, [Record(n, LOW | {"x": x}, STOPPED, looks(0.1)) for n, x in enumerate(drawn)], [])
+    assert later.suggest("next")["values"]["x"] not in drawn
+
+
+def test_a_trial_behind_the_earlier_ones_is_ended_at_its_first_rung(plan):
+    earlier = [Record(0, LOW, STOPPED, looks(0.8)), Record(1, LOW, STOPPED, looks(0.6))]
+    scheduler, slow, default = Halving(plan.plan, earlier), trial(2, HIGH), trial(3, {})
+    for one in (slow, default):
+        scheduler.on_trial_add(None, one)
+    assert scheduler.on_trial_result(None, slow, told(1, 0.0)) == TrialScheduler.CONTINUE
+    assert scheduler.on_trial_result(None, slow, told(2, 0.1)) == TrialScheduler.STOP
+    assert scheduler.on_trial_result(None, default, told(2, 0.0)) == TrialScheduler.CONTINUE
+
+
+def test_the_keeper_writes_what_happens(plan, capsys):
+    keeper = Keeper(plan.plan)
+    one, other = trial(0, {}), trial(1, HIGH)
+    keeper.on_trial_start(0, [], one)
+    assert [record.state for record in plan.plan.records()] == [RUNNING]
+    keeper.on_trial_result(0, [], one, told(2, 0.25))
+    keeper.on_trial_result(0, [], one, told(2, 0.25))
+    keeper.on_trial_complete(0, [], one)
+    keeper.on_trial_start(0, [], other)
+    (plan.plan.folder / "trials" / "001-failure.json").write_text('{"message": "it diverged"}')
+    keeper.on_trial_error(0, [], other)
+    stopped, failed = plan.plan.records()
+    assert (stopped.state, stopped.last_step, len(stopped.looks), stopped.seconds) == (STOPPED, 2, 1, 3.2)
+    assert (failed.state, failed.message, failed.last_step) == (FAILED, "it diverged", 0)
+    assert plan.ended == [(0, STOPPED, "000"), (1, FAILED, "001")]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [
+        "trial 0: the configuration as it is",
+        "trial 0 step 2/8  forgotten 0.25  retained 1.00",
+        "trial 0 stopped",
+        "trial 1: x 0.9, y b",
+        "trial 1 failed: it diverged",
+    ]
+
+
+@pytest.mark.parametrize(("step", "result"), [(8, {}), (4, {"returned": True})])
+def test_a_trial_that_came_to_its_end_is_complete(plan, step, result):
+    keeper, one = Keeper(plan.plan), trial(1, HIGH)
+    keeper.on_trial_start(0, [], one)
+    keeper.on_trial_result(0, [], one, told(step, 0.5))
+    one.last_result = result
+    keeper.on_trial_complete(0, [], one)
+    assert plan.plan.records()[0].state == COMPLETE
+
+
+@pytest.fixture
+def records():
+    drawn = [Record(n, {"x": n / 10, "y": "ab"[n % 2]}, STOPPED, looks(n / 10)) for n in range(1, 6)]
+    best = Record(6, HIGH, COMPLETE, looks(0.2, 0.5, 0.7, 0.9))
+    return [Record(0, {}, COMPLETE, looks(0.4, 0.4, 0.4, 0.4)), *drawn, best, Record(7, LOW, FAILED, message="why")]
+
+
+def test_the_report_counts_what_was_looked_at(plan, records):
+    content = report.summary(plan.plan, records)
+    assert content["front"] == [6]
+    assert content["best"] == 6
+    assert content["failures"] == {"7": "why"}
+    assert content["hypervolume"]["all"] == pytest.approx(0.45)
+    assert content["hypervolume"]["configuration_as_it_is"] == pytest.approx(0.2)
+    assert content["hypervolume"]["by_trial"][-1] == content["hypervolume"]["all"]
+    assert content["steps"] == {"trained": 26, "planned": 56, "saved": pytest.approx(30 / 56)}
+    assert set(content["importance"]) == {"x", "y"}
+    assert sum(content["importance"].values()) == pytest.approx(1)
+
+
+def test_few_trials_tell_no_importance(plan, records):
+    assert report.summary(plan.plan, records[:3])["importance"] == {}
+
+
+def test_table_and_figure_show_every_trial(plan, records):
+    content = report.summary(plan.plan, records) | {
+        "metrics": {"6": {"forgotten": {"value": 0.9, "ci95": [0.8, 1.0], "n": 5, "seed": 0}}}
+    }
+    console = Console(width=140, record=True)
+    console.print(report.table(content))
+    text = console.export_text()
+    assert "0.90 [0.80, 1.00]" in text
+    assert "54 % saved" in text
+    assert "front, best" in text
+    scatter, volume, bars = report.figure(content).axes
+    assert len(scatter.texts) == 7
+    assert len(bars.patches) == 2
+    assert volume.get_ylim()[0] == 0

@@ -1,0 +1,283 @@
+"""A search over one job with Ray Tune: Optuna proposes, ASHA ends what falls behind, every trial leaves a record.
+
+The records (`trials/NNN.json`) are all that a search remembers: after `kill -9` the next driver tells Optuna and ASHA
+what they say, and starts what was running again under its number. Nothing is unpickled.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from cluster.cli import root_cause, sentence
+from cluster.report import read_json, write_json
+from tune.config import Search
+from tune.space import Space, Values, distributions
+
+# Ours are the only lines, records and handlers: Tune's own would print tables, write logs and swallow Ctrl-C.
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+STUDY = "search"
+SPANNED = "spanned"
+RUNNING, COMPLETE, STOPPED, FAILED = "running", "complete", "stopped", "failed"
+STARTUP_SHARE = 4  # a trial in so many is drawn at random before Optuna's model of the space is asked
+
+
+@dataclass
+class Record:
+    """A trial: `values` of the space (empty: the configuration as it is), its looks in order, how it ended."""
+
+    number: int
+    values: Values
+    state: str = RUNNING
+    looks: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    message: str = ""
+
+    @property
+    def last_step(self) -> int:
+        """Steps that it was trained for, as far as it was looked at."""
+        return int(self.looks[-1]["step"]) if self.looks else 0
+
+    def point(self, objectives: Sequence[str]) -> tuple[float, ...]:
+        """The objectives at its last look."""
+        return tuple(self.looks[-1][name] for name in objectives)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a system hands over. `objectives` are maximised, from 0 to 1.
+
+    run: trains a trial in a folder, with callbacks for Ray Train, and returns its last look; called in a Ray worker
+        that holds no CPU, so that its training finds them free.
+    ended: told of each trial that ended, with its folder.
+    """
+
+    folder: Path
+    settings: Search
+    space: Space
+    objectives: tuple[str, ...]
+    max_steps: int
+    slots: int
+    run: Callable[[Values, Path, Sequence[TuneReportCallback]], dict[str, float]]
+    ended: Callable[[Record, Path], None]
+
+    def trial_folder(self, number: int) -> Path:
+        """Where a trial keeps its run."""
+        return self.folder / "trials" / f"{number:03d}"
+
+    def records(self) -> list[Record]:
+        """What is on record, by number."""
+        found = sorted((self.folder / "trials").glob("*.json"))
+        return [Record(**read_json(path)) for path in found if re.fullmatch(r"\d+", path.stem)]
+
+    def keep(self, record: Record) -> None:
+        """Writes a record."""
+        write_json(vars(record), self.folder / "trials" / f"{record.number:03d}.json")
+
+
+def search(plan: Plan) -> list[Record]:
+    """Runs the trials that are not on record as ended; returns all of them."""
+    before = plan.records()
+    ended = [record for record in before if record.state != RUNNING]
+    missing = plan.settings.trials - len(ended)
+    if missing > 0:
+        os.environ.update(ENVIRONMENT)
+        waiting = [record for record in before if record.state == RUNNING]
+        proposals = Proposals(plan, ended, waiting)
+        tuner = tune.Tuner(
+            tune.with_resources(_trainable(plan), {"memory": 1_000_000}),  # of the CPUs none: they are its training's
+            tune_config=tune.TuneConfig(
+                search_alg=proposals,
+                scheduler=Halving(plan, ended),
+                num_samples=missing,
+                max_concurrent_trials=plan.slots,
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(plan.folder / "ray"), callbacks=[Keeper(plan)], verbose=0
+            ),
+        )
+        tuner.fit()
+    return plan.records()
+
+
+class Proposals(OptunaSearch):
+    """Optuna's proposals, numbered; the configuration as it is comes first, then what a killed driver left running."""
+
+    def __init__(self, plan: Plan, ended: Sequence[Record], waiting: Sequence[Record]) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        space, trials = distributions(plan.space), plan.settings.trials
+        storage = optuna.storages.InMemoryStorage()
+        sampler = optuna.samplers.TPESampler(
+            seed=plan.settings.seed + len(ended),  # a search that goes on must not draw what it drew before
+            n_startup_trials=max(2, trials // STARTUP_SHARE),
+            multivariate=True,
+            constant_liar=True,
+        )
+        directions = ["max"] * len(plan.objectives)
+        super().__init__(
+            space,
+            metric=list(plan.objectives),
+            mode=directions,
+            sampler=sampler,
+            storage=storage,
+            study_name=STUDY,
+        )
+        for record in ended:
+            if record.values and record.looks:
+                self._ot_study.add_trial(
+                    optuna.trial.create_trial(
+                        values=record.point(plan.objectives), params=record.values, distributions=space
+                    )
+                )
+        self.waiting = [(record.number, record.values) for record in waiting]
+        known = [record.number for record in (*ended, *waiting)]
+        self.next = max(known, default=-1) + 1
+        if not known:
+            self.waiting, self.next = [(0, {})], 1
+        self.as_it_is: set[str] = set()
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next trial: {"number", "values"}."""
+        if self.waiting:
+            number, values = self.waiting.pop(0)
+            if not values:
+                self.as_it_is.add(trial_id)
+                return {"number": number, "values": {}}
+            self._ot_study.enqueue_trial(values)
+        else:
+            number, self.next = self.next, self.next + 1
+        return {"number": number, "values": super().suggest(trial_id)}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Told by Tune."""
+        if trial_id not in self.as_it_is:
+            super().on_trial_complete(trial_id, result, error)
+
+
+class Halving(ASHAScheduler):
+    """ASHA on steps; it knows how earlier trials did, and lets the configuration as it is run to its end."""
+
+    def __init__(self, plan: Plan, ended: Sequence[Record]) -> None:
+        super().__init__(
+            time_attr="step",
+            metric=SPANNED,
+            mode="max",
+            max_t=plan.max_steps,
+            grace_period=min(plan.settings.grace_steps, plan.max_steps),
+            reduction_factor=plan.settings.reduction_factor,
+            stop_last_trials=False,
+        )
+        for record in ended:
+            earlier = SimpleNamespace(trial_id=f"earlier-{record.number}", config={"values": record.values})
+            self.on_trial_add(None, earlier)
+            for look in record.looks:
+                self.on_trial_result(None, earlier, look | {SPANNED: spanned(look, plan.objectives)})
+            self.on_trial_remove(None, earlier)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+        """Told by Tune."""
+        action = super().on_trial_result(tune_controller, trial, result)
+        return action if trial.config["values"] else TrialScheduler.CONTINUE
+
+
+class Keeper(tune.Callback):
+    """Writes the records, and a line for each look and each end."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.records: dict[str, Record] = {}
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
+        """Told by Tune."""
+        record = Record(trial.config["number"], dict(trial.config["values"]))
+        self.records[trial.trial_id] = record
+        self.plan.keep(record)
+        chosen = ", ".join(f"{name} {_shown(value)}" for name, value in record.values.items())
+        print(f"trial {record.number}: {chosen or 'the configuration as it is'}", flush=True)
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **_: Any) -> None:
+        """Told by Tune."""
+        record = self.records[trial.trial_id]
+        record.seconds = round(result["time_total_s"], 1)
+        look = {name: result[name] for name in ("step", *self.plan.objectives)}
+        if record.last_step < look["step"]:
+            record.looks.append(look)
+            figures = "  ".join(f"{name} {look[name]:.2f}" for name in self.plan.objectives)
+            print(f"trial {record.number} step {look['step']}/{self.plan.max_steps}  {figures}", flush=True)
+        self.plan.keep(record)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
+        """Told by Tune, of a trial that returned and of one that ASHA ended."""
+        record = self.records[trial.trial_id]
+        returned = bool((trial.last_result or {}).get("returned"))
+        self._end(record, COMPLETE if returned or record.last_step >= self.plan.max_steps else STOPPED)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
+        """Told by Tune."""
+        record = self.records[trial.trial_id]
+        told = read_json(_failure(self.plan, record.number))
+        record.message = told["message"] if told else "its process died"
+        self._end(record, FAILED)
+
+    def _end(self, record: Record, state: str) -> None:
+        record.state = state
+        self.plan.keep(record)
+        self.plan.ended(record, self.plan.trial_folder(record.number))
+        print(f"trial {record.number} {state}{': ' * bool(record.message)}{record.message}", flush=True)
+
+
+class Reports(TuneReportCallback):
+    """Hands the looks of a training on to Tune; what else workers report (a saved checkpoint) is not for it."""
+
+    def __init__(self, objectives: Sequence[str]) -> None:
+        super().__init__()
+        self.objectives = tuple(objectives)
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Told by Ray Train."""
+        if all(name in metrics[0] for name in self.objectives):
+            look = metrics[0] | {SPANNED: spanned(metrics[0], self.objectives)}
+            super().after_report(run_context, [look], None)
+
+
+def spanned(look: Mapping[str, float], objectives: Sequence[str]) -> float:
+    """The volume between the origin and a point: what ASHA compares, and what the best trial has most of."""
+    product = 1.0
+    for name in objectives:
+        product *= look[name]
+    return product
+
+
+def _trainable(plan: Plan) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def trial(config: dict[str, Any]) -> dict[str, Any]:
+        number = config["number"]
+        try:
+            look = plan.run(config["values"], plan.trial_folder(number), [Reports(plan.objectives)])
+        except Exception as error:
+            write_json({"message": sentence(root_cause(error))}, _failure(plan, number))
+            raise
+        return look | {SPANNED: spanned(look, plan.objectives), "returned": True}
+
+    return trial
+
+
+def _failure(plan: Plan, number: int) -> Path:
+    return plan.folder / "trials" / f"{number:03d}-failure.json"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
