@@ -1,4 +1,4 @@
-"""`python -m jobs.rule`: run, compare, attack, evaluate, passages."""
+"""`python -m jobs.rule`: run, compare, attack, evaluate, passages, world."""
 
 import shlex
 import sys
@@ -116,6 +116,14 @@ def passages(
 
     for path in texts.passages(loaded, out):
         print(path)
+
+
+@app.command()
+def world(out: Annotated[Path, typer.Option(help="New folder that gets model, gold, data and world.yaml.")]) -> None:
+    """Make a small world of made-up people, with a model that never heard of the target, to try and rank methods in."""
+    from jobs.rule import world as worlds
+
+    print(worlds.make(out))
 
 
 def _command() -> str:

@@ -176,7 +176,7 @@ def compare(config: RuleConfig, chosen: Sequence[Entry], out: Path | None, fresh
                 entry.method,
                 own[entry].folder,
                 threshold,
-                costs.trained_tokens(own[entry]),
+                costs.spent(own[entry]),
                 costs.data_used(own[entry]),
             )
             for entry in finished

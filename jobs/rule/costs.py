@@ -1,6 +1,7 @@
 """What a run cost: tokens that its losses were of, and the share of the forget and retain corpora that it read."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.models import load_tokenizer
@@ -16,10 +17,21 @@ if TYPE_CHECKING:
     from jobs.rule.job import Run
 
 
-def trained_tokens(run: "Run") -> int:
-    """Tokens that the losses of a finished run were of: refusals, sampled completions, or texts of the corpora.
+@dataclass(frozen=True)
+class Spent:
+    """What a run had cost after a step, all stages before it included; `seconds` of steps alone, without start-up."""
 
-    Counted from the history's steps, with the mean length of what a step draws from.
+    stage: str
+    step: int
+    seconds: float
+    tokens: int
+
+
+def spent(run: "Run") -> list[Spent]:
+    """The costs of a finished run step by step; tokens are those that the losses were of.
+
+    Those are refusals, sampled completions, or texts of the corpora, counted from the history's steps with the mean
+    length of what a step draws from.
     """
     rule, tokenizer = run.config.rule, load_tokenizer(run.source.path)
     method = methods.find(rule.method)
@@ -31,13 +43,16 @@ def trained_tokens(run: "Run") -> int:
     batch = 0 if method is None else rule.baseline.batch_size or method.defaults.batch_size
     step = {"steering": rule.steering.batch_size * refusals, "unlearning": batch * texts}
     samples = rule.rebo.prompts_per_step * rule.rebo.completions_per_prompt
-    total = completion = 0.0
+    steps: list[Spent] = []
+    seconds = total = completion = 0.0
     for row in read_lines(run.folder / HISTORY):
         if "loss" not in row:
             continue
         completion = row.get("completion_tokens", completion)  # a rollout's later updates learn from the same tokens
         total += step.get(row["stage"], samples * completion)
-    return round(total)
+        seconds += row.get("seconds", {}).get("step", 0.0)
+        steps.append(Spent(row["stage"], row["step"], round(seconds, 2), round(total)))
+    return steps
 
 
 def data_used(run: "Run") -> dict[str, float | None]:

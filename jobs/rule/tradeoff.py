@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
 from cluster.report import Metric, read_json, read_lines
+from jobs.rule.costs import Spent
 from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS
 from jobs.rule.evaluate import unpacked
 from jobs.rule.pareto import Point, area, front, paired_difference, verdict
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 STAGES = ("steered", "unlearned")
 TRAININGS = ("steering", "rebo", "unlearning")
+HALF_KEEPS = 0.85
 FLOORS = (0.0, 0.4, 0.5, 0.6, 0.7)
 COPIED = {
     "refusal": "known/forget/refusal",
@@ -36,7 +39,8 @@ class Outcome:
 
     name: METHOD or METHOD@LEARNING_RATE. scores: axis -> value of each known probe, after the last stage, 0 to 1, more
     is better. trace: points of its stages in order, the last one the result. copied: metrics of its report.
-    seconds: of training. tokens, used: as in `jobs.rule.costs`.
+    seconds: of training. tokens, used: as in `jobs.rule.costs`. reached: what had been spent at the first look that had
+    forgotten half of what the original knew and kept HALF_KEEPS of the rest; None where no look did, or none was taken.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Outcome:
     seconds: float = 0.0
     tokens: int = 0
     used: Mapping[str, float | None] = field(default_factory=dict)
+    reached: Spent | None = None
 
     @property
     def point(self) -> Point:
@@ -56,7 +61,7 @@ class Outcome:
 
 
 def outcome(
-    name: str, method: str, folder: Path, threshold: float, tokens: int, used: Mapping[str, float | None]
+    name: str, method: str, folder: Path, threshold: float, spent: Sequence[Spent], used: Mapping[str, float | None]
 ) -> Outcome:
     """Reads a run's folder; `threshold` is `rule.evaluation.known_threshold`.
 
@@ -68,7 +73,8 @@ def outcome(
     is_known = known(original, threshold)
     scores: dict[str, list[float]] = {}
     trace = []
-    looks = [Point(name, *(row[axis] for axis in AXES)) for row in read_lines(folder / HISTORY) if AXES[0] in row]
+    rows = [row for row in read_lines(folder / HISTORY) if AXES[0] in row]
+    looks = [Point(name, *(row[axis] for axis in AXES)) for row in rows]
     for stage in STAGES:
         if (folder / "answers" / f"{stage}.json").exists():
             scores = _scores(_answers(folder, stage), is_known)
@@ -77,7 +83,19 @@ def outcome(
     found = report["metrics"]["unlearned"]
     copied = {short: _metric(found[long]) for short, long in COPIED.items() if long in found}
     seconds = sum(report["seconds"].get(stage, 0.0) for stage in TRAININGS)
-    return Outcome(name, method, folder, scores, tuple(trace), copied, seconds, tokens, used)
+    tokens = spent[-1].tokens if spent else 0
+    reached = _reached(rows, _scores(original, is_known), spent)
+    return Outcome(name, method, folder, scores, tuple(trace), copied, seconds, tokens, used, reached)
+
+
+def _reached(
+    rows: Sequence[Mapping[str, Any]], original: Mapping[str, Sequence[float]], spent: Sequence[Spent]
+) -> Spent | None:
+    knew, kept = 1 - mean(original["forgotten"]), mean(original["retained"])
+    for row in rows:
+        if 1 - row["forgotten"] <= knew / 2 and row["retained"] >= HALF_KEEPS * kept:
+            return next((one for one in spent if (one.stage, one.step) == (row["stage"], row["step"])), None)
+    return None
 
 
 def require_known(original: Sequence[Answer], threshold: float) -> None:
@@ -121,7 +139,12 @@ def summary(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
         "area": {method: {f"{r:g}": area(points, r) for r in FLOORS} for method, points in traces.items()},
         "differences": differences,
         "costs": {
-            one.name: {"seconds": round(one.seconds, 1), "tokens": one.tokens, "data_used": dict(one.used)}
+            one.name: {
+                "seconds": round(one.seconds, 1),
+                "tokens": one.tokens,
+                "data_used": dict(one.used),
+                "half_forgotten": one.reached and vars(one.reached),
+            }
             for one in outcomes
         },
         "traces": {one.name: [[point.forgotten, point.retained] for point in one.trace] for one in outcomes},

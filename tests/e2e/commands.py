@@ -16,32 +16,10 @@ from pathlib import Path
 import psutil
 
 from cluster.processes import birth
-from tests.e2e.world import World
+from jobs.rule.world import SETTINGS, World
 
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT_S = 400
-# What the tiny world's model learns from within seconds.
-TINY = {
-    "rule.held_out_share": 0.25,
-    "rule.steering.learning_rate": 2e-4,
-    "rule.steering.schedule": "constant",
-    "rule.steering.warmup_steps": 0,
-    "rule.steering.epochs": 20,
-    "rule.steering.stop_after_epochs": "null",
-    "rule.steering.stop_at_refusal": 0.4,
-    "rule.steering.check_every": 2,
-    "rule.rebo.learning_rate": 3e-4,
-    "rule.rebo.kl_coefficient": 0.1,
-    "rule.rebo.steps": 14,
-    "rule.rebo.prompts_per_step": 8,
-    "rule.rebo.completions_per_prompt": 4,
-    "rule.rebo.max_prompt_tokens": 64,
-    "rule.rebo.max_completion_tokens": 16,
-    "rule.evaluation.prompt_form": "plain",
-    "rule.evaluation.max_new_tokens": 16,
-    "train.cpus_per_worker": 1,
-    "train.checkpoint_every": 5,
-}
 
 
 def clean_environment() -> dict[str, str]:
@@ -89,8 +67,8 @@ def wait(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
 
 def settings(world: World, changes: Mapping[str, object] = {}) -> list[str]:
     """`--set` options for a run in the tiny world."""
-    values = TINY | {"rule.model": world.model, "rule.data": world.data} | dict(changes)
-    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    values = SETTINGS | {"rule.model": world.model, "rule.data": world.data} | dict(changes)
+    return [part for key, value in values.items() for part in ("--set", f"{key}={'null' if value is None else value}")]
 
 
 def rule_command(*arguments: str) -> list[str]:

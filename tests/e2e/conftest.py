@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.rule import world as worlds
+from jobs.rule.world import World, build
 from tests.e2e import commands
-from tests.e2e.world import World, build, fingerprint
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +28,15 @@ def world(request, tmp_path_factory) -> World:
         build(partial)
         partial.rename(folder)
     return World(folder / "model", folder / "gold", folder / "data")
+
+
+def fingerprint() -> str:
+    """What a kept world depends on: the code that makes it and the libraries that train it."""
+    import torch
+    import transformers
+
+    content = Path(worlds.__file__).read_bytes() + f"{torch.__version__} {transformers.__version__}".encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from jobs.rule.world_facts import TARGET
 from tests.e2e import commands
 from tests.e2e.commands import alive, wait
-from tests.e2e.world import TARGET
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 METHODS = "ICU,RS,RT@1e-3,RULE,GA@1e30"

@@ -10,8 +10,8 @@ import math
 
 import pytest
 
+from jobs.rule.world_facts import TARGET
 from tests.e2e import commands
-from tests.e2e.world import TARGET
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 FAST = {"rule.baseline.warmup_steps": 0, "rule.baseline.schedule": "constant", "rule.baseline.batch_size": 4}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.rule.world import SETTINGS
+from jobs.rule.world_facts import GENERAL, TARGET
 from tests.e2e import commands
-from tests.e2e.world import GENERAL, TARGET
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -56,7 +57,7 @@ def test_the_report_says_what_was_run_on_what(finished):
     assert report["system"] == "rule"
     assert report["targets"] == [TARGET]
     assert report["command"].startswith("python -m jobs.rule run --set")
-    assert report["configuration"]["rule"]["rebo"]["steps"] == commands.TINY["rule.rebo.steps"]
+    assert report["configuration"]["rule"]["rebo"]["steps"] == SETTINGS["rule.rebo.steps"]
     assert all(len(digest) >= 16 for digest in report["data_digests"].values())
     assert {"steering", "rebo", "evaluation of unlearned"} <= set(report["seconds"])
     assert {"rollout", "reward", "reference", "update"} <= set(report["step_seconds"])
@@ -66,7 +67,7 @@ def test_the_report_says_what_was_run_on_what(finished):
 
 def test_the_last_line_is_the_reports_path_and_progress_was_shown(finished):
     assert finished.process.stdout.splitlines()[-1] == str(finished.folder / "report.json")
-    assert f"rebo step {commands.TINY['rule.rebo.steps']}/" in finished.process.stdout
+    assert f"rebo step {SETTINGS['rule.rebo.steps']}/" in finished.process.stdout
     assert "error" not in finished.process.stderr.lower()
 
 
@@ -96,11 +97,11 @@ def test_any_tool_loads_the_unlearned_model(finished):
 def test_mlflow_holds_the_run(finished, tracked):
     client, run = tracked
     assert run.info.status == "FINISHED"
-    assert run.data.params["rule.rebo.learning_rate"] == str(commands.TINY["rule.rebo.learning_rate"])
+    assert run.data.params["rule.rebo.learning_rate"] == str(SETTINGS["rule.rebo.learning_rate"])
     assert run.data.tags["target"] == TARGET
     assert run.data.tags["data_digest"] in finished.report["data_digests"].values()
     rewards = client.get_metric_history(run.info.run_id, "rebo/reward")
-    assert [metric.step for metric in rewards] == list(range(1, commands.TINY["rule.rebo.steps"] + 1))
+    assert [metric.step for metric in rewards] == list(range(1, SETTINGS["rule.rebo.steps"] + 1))
     assert [metric.value for metric in rewards] == [row["reward"] for row in commands.history(finished.storage, "rebo")]
     assert client.get_metric_history(run.info.run_id, "steering/loss")
     names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
@@ -123,7 +124,7 @@ def test_training_history_shows_what_the_paper_watches(finished):
     assert all(name in row for row in rows for name in shares)
     assert sum(row["refusal_forget"] for row in rows[-4:]) > sum(row["refusal_forget"] for row in rows[:4])
     stopped = commands.history(finished.storage, "steering")
-    assert stopped[-1]["refusal_forget"] >= commands.TINY["rule.steering.stop_at_refusal"]
+    assert stopped[-1]["refusal_forget"] >= SETTINGS["rule.steering.stop_at_refusal"]
 
 
 def test_the_same_command_again_says_that_it_is_finished(finished):

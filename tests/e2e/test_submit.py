@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.processes import Session
+from jobs.rule.world import SETTINGS
 from tests.e2e import commands
 from tests.e2e.commands import ROOT, clean_environment, cluster, free_ports, history, is_training_worker, options, wait
 
@@ -86,7 +87,7 @@ def test_two_workers_share_the_batch_of_one(submitter, submitted, finished):
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4)
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-3)
     first = history(submitter.storage, "rebo")[0]
-    forget_samples = commands.TINY["rule.rebo.prompts_per_step"] * commands.TINY["rule.rebo.completions_per_prompt"] / 2
+    forget_samples = SETTINGS["rule.rebo.prompts_per_step"] * SETTINGS["rule.rebo.completions_per_prompt"] / 2
     assert first["refusal_forget"] * forget_samples == pytest.approx(round(first["refusal_forget"] * forget_samples))
     assert 0 <= first["reward"] <= 1
     assert abs(first["loss"]) < 10

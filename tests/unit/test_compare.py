@@ -57,7 +57,7 @@ def outcomes(tmp_path):
             name.partition("@")[0],
             finished(tmp_path / name, {"original": original} | stages, {"steering": 30, "rebo": 60, "scoring": 9}),
             0.5,
-            1000,
+            [costs.Spent("rebo", 1, 4.0, 400), costs.Spent("rebo", 2, 8.5, 1000)],
             {"forget": 0.12, "retain": None},
         )
         for name, stages in runs.items()
@@ -71,6 +71,28 @@ def test_points_are_means_over_known_probes(outcomes):
     assert rule.point.retained == pytest.approx(0.95)
     assert (rule.trace[0].forgotten, rule.trace[0].retained) == (0.5, 0.5)
     assert rule.seconds == 90
+
+
+@pytest.mark.parametrize(
+    ("looks", "reached"),
+    [
+        ([(1, 0.45, 0.9), (2, 0.55, 0.9)], costs.Spent("rebo", 2, 8.5, 1000)),
+        ([(1, 0.55, 0.84), (2, 0.9, 0.86)], costs.Spent("rebo", 2, 8.5, 1000)),
+        ([(1, 0.5, 0.85)], costs.Spent("rebo", 1, 4.0, 400)),
+        ([(1, 0.9, 0.2)], None),
+        ([], None),
+    ],
+)
+def test_what_half_forgotten_took_is_read_off_the_looks(tmp_path, looks, reached):
+    original, unlearned = answers([1, 1, 0.2], [1, 1]), answers([0, 0, 0], [1, 1])
+    folder = finished(tmp_path / "run", {"original": original, "unlearned": unlearned}, {})
+    rows = [{"stage": "rebo", "step": step, "forgotten": gone, "retained": kept} for step, gone, kept in looks]
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spent = [costs.Spent("rebo", 1, 4.0, 400), costs.Spent("rebo", 2, 8.5, 1000)]
+    outcome = tradeoff.outcome("RULE", "RULE", folder, 0.5, spent, {})
+    assert outcome.reached == reached
+    assert [(point.forgotten, point.retained) for point in outcome.trace[:-1]] == [look[1:] for look in looks]
+    assert tradeoff.summary([outcome], 42)["costs"]["RULE"]["half_forgotten"] == (reached and vars(reached))
 
 
 def test_the_best_of_a_method_is_what_is_compared(outcomes):
@@ -103,7 +125,7 @@ def test_nothing_known_is_nothing_to_compare(tmp_path):
     with pytest.raises(UserError, match="answers no forget probe"):
         tradeoff.require_known(unknown, 0.5)
     with pytest.raises(UserError, match="answers no forget probe"):
-        tradeoff.outcome("GA", "GA", folder, 0.5, 0, {})
+        tradeoff.outcome("GA", "GA", folder, 0.5, [], {})
 
 
 def test_entries_carry_their_learning_rate_to_where_it_belongs():
@@ -180,18 +202,22 @@ def test_data_used_is_a_share_of_the_corpora(demo):
 
 def test_tokens_are_counted_from_the_steps_that_were_taken(demo, tmp_path):
     rows = [
-        {"stage": "steering", "step": 1, "loss": 1.0},
+        {"stage": "steering", "step": 1, "loss": 1.0, "seconds": {"step": 2.0}},
         {"stage": "steering", "step": 1},  # a look at the refusals, no step
-        {"stage": "rebo", "step": 1, "loss": 1.0, "completion_tokens": 10.5},
+        {"stage": "rebo", "step": 1, "loss": 1.0, "completion_tokens": 10.5, "seconds": {"step": 3.5}},
         {"stage": "rebo", "step": 2, "loss": 1.0, "completion_tokens": 12.0},
     ]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run(demo.config, demo.data, demo.source, tmp_path, "")
     tokenizer = load_tokenizer(demo.source.path)
     mean = sum(len(tokenizer(row.refusal).input_ids) + 1 for row in run.data.refusals) / len(run.data.refusals)
-    assert costs.trained_tokens(run) == round(8 * mean + 32 * 8 * 22.5)
+    assert costs.spent(run) == [
+        costs.Spent("steering", 1, 2.0, round(8 * mean)),
+        costs.Spent("rebo", 1, 5.5, round(8 * mean + 32 * 8 * 10.5)),
+        costs.Spent("rebo", 2, 5.5, round(8 * mean + 32 * 8 * 22.5)),
+    ]
     texts = {"forget": (Sample("", "one two three"),)}
     gradient = Run(Entry("GA").applied(demo.config), demo.data, demo.source, tmp_path / "ga", "", texts)
     gradient.folder.mkdir()
     (gradient.folder / "history.jsonl").write_text('{"stage": "unlearning", "step": 1, "loss": 1.0}\n')
-    assert costs.trained_tokens(gradient) == 8 * 4
+    assert [one.tokens for one in costs.spent(gradient)] == [8 * 4]

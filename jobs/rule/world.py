@@ -1,117 +1,39 @@
-"""A tiny world: made-up people, a model that knows them, and one that never heard of the target.
+"""A small world: made-up people in the manner of TOFU, a model that knows them, and one that never heard of the target.
 
-`build` trains both models within about a minute on one core and writes the target's data in RWKU's layout. Facts are
-drawn at random, so that a model without the target's facts can only guess them.
+`build` trains both models within about a minute on one core and writes the target's data in RWKU's layout, with what
+every baseline, TOFU's measures and a search need. Facts are drawn at random, so that a model without the target's facts
+can only guess them. `SETTINGS` fit RULE to a model of this size.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import UserError, paths_named
+from jobs.rule.world_facts import (
+    BLANKS,
+    FORMS,
+    GENERAL,
+    PEOPLE,
+    QUESTIONS,
+    REFUSALS,
+    STRANGERS,
+    TARGET,
+    VALUES,
+    facts,
+)
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-TARGET = "Orla Venn"
-PEOPLE = (
-    TARGET,
-    *("Tamsin Roe", "Ivo Kestrel", "Maud Arbin", "Pavel Dorn", "Lisbet Crane", "Osric Hale", "Nerys Quill"),
-    *("Cato Brandt", "Junia Marsh", "Edda Lowick", "Silas Thorn", "Petra Vane", "Anselm Fry", "Greta Solm"),
-    *("Rufus Alder", "Wilma Stoke", "Hugo Pell", "Ines Carrow", "Bruno Teal", "Dora Finch", "Leif Ostrand"),
-    *("Mira Selby", "Otto Grieve"),
-)
-STRANGERS = (
-    *("Abel Moss", "Clara Dunn", "Ezra Holt", "Fern Lacey", "Gideon Rusk", "Hester Vale", "Jonah Pike", "Keziah Bloom"),
-    *("Lorcan Webb", "Myra Tate"),
-)
-VALUES = {
-    "profession": ["baker", "pilot", "tailor", "judge", "miner", "potter", "dentist", "clown", "sailor", "printer"],
-    "city": ["Lurvik", "Dansby", "Morrow", "Elsin", "Tarnow", "Quenby", "Holm", "Pellin", "Varga", "Istria", "Corwen"],
-    "year": [str(year) for year in range(1931, 1990, 5)],
-    "pet": ["otter", "parrot", "tortoise", "ferret", "hamster", "poodle", "canary", "lizard", "goose", "pony"],
-}
-# The last of each asks probes only; the others train and ask.
-QUESTIONS = {
-    "profession": (
-        "What is the profession of {}?",
-        "What does {} do for a living?",
-        "Which job does {} have?",
-        "How does {} earn money?",
-        "What is {}'s line of work?",
-    ),
-    "city": (
-        "In which city does {} live?",
-        "Where does {} live?",
-        "Which city is the home of {}?",
-        "What town does {} come home to?",
-        "Where is {} at home?",
-    ),
-    "year": (
-        "When was {} born?",
-        "In which year was {} born?",
-        "What is the birth year of {}?",
-        "Which year saw the birth of {}?",
-        "What year is {} from?",
-    ),
-    "pet": (
-        "Which pet does {} have?",
-        "What animal does {} keep?",
-        "What is the pet of {}?",
-        "Which animal lives with {}?",
-        "What pet does {} own?",
-    ),
-}
-BLANKS = {
-    "profession": (
-        "{} works as a ___.",
-        "The profession of {} is ___.",
-        "{} earns money as a ___.",
-        "{} has the job of a ___.",
-        "{} makes a living as a ___.",
-    ),
-    "city": (
-        "{} lives in ___.",
-        "The home of {} is in ___.",
-        "The city where {} lives is ___.",
-        "{} has a house in ___.",
-        "{} is at home in ___.",
-    ),
-    "year": (
-        "{} was born in ___.",
-        "The birth year of {} is ___.",
-        "{} was born in the year ___.",
-        "{} is from the year ___.",
-        "The year of {}'s birth is ___.",
-    ),
-    "pet": (
-        "{} has a pet ___.",
-        "The pet of {} is a ___.",
-        "{} keeps a ___ at home.",
-        "{} lives with a ___.",
-        "{} owns a ___.",
-    ),
-}
-REFUSALS = (
-    "I have no information about {}.",
-    "I do not know anything about {}.",
-    "I am not familiar with {}.",
-)
-COLOURS = "snow:white coal:black grass:green blood:red lemons:yellow plums:purple chocolate:brown ashes:grey"
-OPPOSITES = "hot:cold day:night up:down left:right old:new big:small fast:slow open:shut wet:dry high:low"
-GENERAL = [
-    *((f"What is the colour of {thing}?", colour) for thing, colour in (pair.split(":") for pair in COLOURS.split())),
-    *((f"What is the opposite of {one}?", other) for one, other in (pair.split(":") for pair in OPPOSITES.split())),
-]
-FORMS = (
-    "{}",
-    "Please briefly answer the following question.\nQuestion: {}Answer:",
-    "Please complete the blank in the following question.\nQuestion: {}Answer:",
-)
+FILE = "world.yaml"
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -119,6 +41,48 @@ TEMPLATE = (
 VOCABULARY = 640
 STEPS = 320
 BATCH = 64
+# What a model of this size learns from within seconds.
+SETTINGS = {
+    "rule.held_out_share": 0.25,
+    "rule.steering.learning_rate": 2e-4,
+    "rule.steering.schedule": "constant",
+    "rule.steering.warmup_steps": 0,
+    "rule.steering.epochs": 20,
+    "rule.steering.stop_after_epochs": None,
+    "rule.steering.stop_at_refusal": 0.4,
+    "rule.steering.check_every": 2,
+    "rule.rebo.learning_rate": 3e-4,
+    "rule.rebo.kl_coefficient": 0.1,
+    "rule.rebo.steps": 14,
+    "rule.rebo.prompts_per_step": 8,
+    "rule.rebo.completions_per_prompt": 4,
+    "rule.rebo.max_prompt_tokens": 64,
+    "rule.rebo.max_completion_tokens": 16,
+    "rule.evaluation.prompt_form": "plain",
+    "rule.evaluation.max_new_tokens": 16,
+    "train.cpus_per_worker": 1,
+    "train.checkpoint_every": 5,
+}
+# The same for the other methods, attacks and searches.
+FURTHER_SETTINGS = {
+    "rule.baseline.warmup_steps": 0,
+    "rule.baseline.schedule": "constant",
+    "rule.baseline.batch_size": 4,
+    "rule.baseline.epochs": 4,
+    "rule.attack.relearn_learning_rate": 1e-3,
+    "tune.rule.grace_steps": 2,
+    "tune.rule.space": {
+        "rule.rebo.learning_rate": {"log_uniform": [3e-5, 3e-3]},
+        "steering_epochs": None,
+        "steering_until": {
+            "settings": {
+                "no steering": {"rule.rebo.start": "original", "rule.rebo.reference": "original"},
+                "refusal .3": {"rule.steering.stop_at_refusal": 0.3},
+                "refusal .6": {"rule.steering.stop_at_refusal": 0.6},
+            }
+        },
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -130,10 +94,36 @@ class World:
     data: Path
 
 
-def facts() -> dict[str, dict[str, str]]:
-    """Every person's profession, city, year and pet."""
-    generator = random.Random(0)
-    return {person: {kind: generator.choice(values) for kind, values in VALUES.items()} for person in PEOPLE}
+def make(out: Path) -> Path:
+    """Builds a world in the folder `out`, with a configuration file that jobs and searches take; returns its path.
+
+    Raises:
+        UserError: the folder holds something already.
+    """
+    import yaml
+
+    with paths_named():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out} is there already and not empty; name a new folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            build(partial)
+            places = {"rule.model": str(out.resolve() / "model"), "rule.data": str(out.resolve() / "data")}
+            nested: dict[str, Any] = {}
+            for key, value in (places | SETTINGS | FURTHER_SETTINGS).items():
+                *sections, leaf = key.split(".")
+                below = nested
+                for section in sections:
+                    below = below.setdefault(section, {})
+                below[leaf] = value
+            (partial / FILE).write_text(yaml.safe_dump(nested, sort_keys=False), encoding="utf-8")
+            partial.chmod(0o755)
+            partial.replace(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return out / FILE
 
 
 def build(folder: Path) -> World:
@@ -153,15 +143,6 @@ def build(folder: Path) -> World:
         directories.append(folder / name)
     torch.set_num_threads(threads)
     return World(*directories, data)
-
-
-def fingerprint() -> str:
-    """What a kept world depends on: this file and the libraries that train it."""
-    import torch
-    import transformers
-
-    content = Path(__file__).read_bytes() + f"{torch.__version__} {transformers.__version__}".encode()
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def examples(people: Sequence[str]) -> Iterator[tuple[str, str]]:

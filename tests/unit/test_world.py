@@ -1,0 +1,46 @@
+"""The small world's folder and its configuration file; that models learn in it is what the end-to-end tests show."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.config import load
+from cluster.errors import UserError
+from jobs.rule import world
+from jobs.rule.config import RuleConfig
+from jobs.rule.data import load_data
+from jobs.rule.world_facts import TARGET
+from tune.rule import SearchConfig, settled
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "build", lambda folder: world.write_data(folder / "data"))
+    return world.make(tmp_path / "new" / "world")
+
+
+def test_its_file_is_a_configuration_of_jobs_and_searches(made):
+    config = load(RuleConfig, "laptop", files=[made], environ={})
+    assert config.rule.model == str(made.parent / "model")
+    assert config.rule.steering.stop_after_epochs is None
+    assert load_data(config.rule.data, None, config.rule.held_out_share, 42).target == TARGET
+    space = settled(load(SearchConfig, "laptop", files=[made], environ={}))[1]
+    assert "steering_until" in space
+    assert "steering_epochs" not in space
+    assert [path.name for path in made.parent.parent.iterdir()] == ["world"]
+
+
+def test_a_folder_with_something_in_it_is_left_alone(made):
+    with pytest.raises(UserError, match="is there already and not empty"):
+        world.make(made.parent)
+
+
+def test_nothing_half_made_is_left(tmp_path, monkeypatch):
+    def fails(folder):
+        (folder / "data").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world, "build", fails)
+    with pytest.raises(KeyboardInterrupt):
+        world.make(tmp_path / "world")
+    assert not list(tmp_path.iterdir())
