@@ -161,7 +161,7 @@ class TrainingStep:
         device = self.trainer.accelerator.device
         total = torch.zeros(len(texts), device=device)
         for row, counts in self._rows(corpus):
-            total = total.index_add(0, row.sequence, row_logprobs(self.model, row, 1.0) * bool(counts))
+            total = total.index_add(0, row.sequence, row_logprobs(self.model, row, 1.0) * counts)
         tokens = torch.tensor([float(len(text.completion)) for text in texts], device=device)
         original = None
         if texts[0].original is not None:
@@ -174,7 +174,7 @@ class TrainingStep:
         for row, counts in self._rows(corpus):
             with self.trainer.as_original(self.model) as original:
                 reference = row_logits(original, row)
-            parts.append(kl_divergence(row_logits(self.model, row), reference)[:counts])
+            parts.append(kl_divergence(row_logits(self.model, row), reference)[counted(row, counts)])
         return torch.cat(parts)
 
     def activations(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
@@ -182,8 +182,8 @@ class TrainingStep:
         steered, kept = [], []
         for row, counts in self._rows(corpus):
             with self.trainer.as_original(self.model) as original:
-                kept.append(self._block_output(original, row)[:counts])
-            steered.append(self._block_output(self.model, row)[:counts])
+                kept.append(self._block_output(original, row)[counted(row, counts)])
+            steered.append(self._block_output(self.model, row)[counted(row, counts)])
         return torch.cat(steered), torch.cat(kept)
 
     def direction(self) -> Tensor:
@@ -204,8 +204,8 @@ class TrainingStep:
         )
         return output.hidden_states[self.settings.rmu_layer + 1][row.keep]
 
-    def _rows(self, corpus: Corpus) -> list[tuple[PackedRow, int]]:
-        """Packed rows and how many of their positions count.
+    def _rows(self, corpus: Corpus) -> list[tuple[PackedRow, bool]]:
+        """Packed rows and whether they count.
 
         DDP and FSDP want every rank in every forward pass: one with fewer rows repeats its last one, which counts not.
         """
@@ -215,7 +215,12 @@ class TrainingStep:
         plan = plan_rows(groups, self.trainer.tokens_per_row) if can_share(config) else plain_rows(groups)
         rows = [pack(row).to(accelerator.device) for row in plan]
         most = int(accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).max())
-        return [(row, int(row.keep.sum())) for row in rows] + [(rows[-1], 0)] * (most - len(rows))
+        return [(row, True) for row in rows] + [(rows[-1], False)] * (most - len(rows))
+
+
+def counted(row: PackedRow, counts: bool) -> Tensor:
+    """Of the kept positions the one that predicts each token: one that texts share counts for each of them."""
+    return row.scored if counts else row.scored[:0]
 
 
 def sample_ids(

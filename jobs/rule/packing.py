@@ -1,18 +1,18 @@
-"""Shared prefixes: each prompt is computed once a group, and what all prompts begin with once a row.
+"""Shared prefixes: whatever sequences of a row begin with in common is computed once.
 
-A row is a tree laid out flat: [common beginning][prompt 1][its completions ...][prompt 2][...]. A token sees its
-ancestors only and carries the position it would have alone, so that every log-probability, and hence the loss and its
-gradient, is that of the plain form; only the work is less.
+A row is a trie of all its prompts and completions, laid out flat. A token sees its ancestors only and carries the
+position it would have alone, so that every log-probability, and hence the loss and its gradient, is that of the plain
+form; only the work is less. Completions share a prompt, and refusals share their words; a last token predicts nothing
+and is not computed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-
-from cluster.generation import shared_beginning
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Group:
 class PackedRow:
     """One forward pass. T tokens, K positions whose logits are needed, N completion tokens to score.
 
-    `attention_mask` is None for a single completion: the model's own mask is right then, whatever its layers attend to.
+    `attention_mask` is None for a single path: the model's own mask is right then, whatever its layers attend to.
     `scored` (N,) indexes the K kept positions: the one that predicts the token; `targets` (N,) is the token;
     `sequence` (N,) is the completion in the batch that it belongs to.
     """
@@ -48,7 +48,7 @@ class PackedRow:
 
 
 def plan_rows(groups: Sequence[Group], tokens_per_row: int) -> list[list[Group]]:
-    """Groups dealt to rows of at most `tokens_per_row` tokens (one group at least), longest first, first fit."""
+    """Groups dealt to rows of at most `tokens_per_row` tokens (one group at least), largest first, first fit."""
     rows: list[list[Group]] = []
     room: list[int] = []
     for group in sorted(groups, key=lambda g: (-_size(g), g.first)):
@@ -72,59 +72,57 @@ def plain_rows(groups: Sequence[Group]) -> list[list[Group]]:
 
 
 def pack(groups: Sequence[Group]) -> PackedRow:
-    """Lays the groups of one row out flat."""
-    common = shared_beginning([group.prompt for group in groups]) if len(groups) > 1 else 0
-    ids: list[int] = list(groups[0].prompt[:common])
-    positions = list(range(common))
-    nodes = [0] * common
-    ancestors: list[list[int]] = [[0]]
-    keep: list[int] = []
-    scored: list[int] = []
+    """Lays the groups of one row out flat; every completion has a token at least."""
+    ids: list[int] = []
+    parents: list[int] = []
+    positions: list[int] = []
+    children: dict[tuple[int, int], int] = {}
+
+    def path(tokens: Sequence[int], node: int) -> list[int]:
+        found = []
+        for token in tokens:
+            child = children.get((node, token))
+            if child is None:
+                child = children[node, token] = len(ids)
+                ids.append(token)
+                parents.append(node)
+                positions.append(positions[node] + 1 if node >= 0 else 0)
+            node = child
+            found.append(node)
+        return found
+
+    predictors: list[int] = []
     targets: list[int] = []
     sequence: list[int] = []
-
-    def append(tokens: list[int], start: int, lineage: list[int]) -> None:
-        node = len(ancestors)
-        ancestors.append([*lineage, node])
-        ids.extend(tokens)
-        positions.extend(range(start, start + len(tokens)))
-        nodes.extend([node] * len(tokens))
-
     for group in groups:
-        append(group.prompt[common:], common, [0])
-        prompt_node, length = len(ancestors) - 1, len(group.prompt)
-        keep.append(len(ids) - 1)
-        predicts_first = len(keep) - 1
+        end = path(group.prompt, -1)[-1]
         for offset, completion in enumerate(group.completions):
-            start = len(ids)
-            append(completion, length, [0, prompt_node])
-            scored.append(predicts_first)
-            scored.extend(range(len(keep), len(keep) + len(completion) - 1))
-            keep.extend(range(start, start + len(completion) - 1))
-            targets.extend(completion)
-            sequence.extend([group.first + offset] * len(completion))
+            predictors += [end, *path(completion[:-1], end)]
+            targets += completion
+            sequence += [group.first + offset] * len(completion)
 
-    alone = len(groups) == 1 and len(groups[0].completions) == 1
-    node, position = torch.tensor(nodes), torch.tensor(positions)
+    rank = {node: index for index, node in enumerate(sorted(set(predictors)))}
     kept = torch.zeros(len(ids), dtype=torch.bool)
-    kept[keep] = True
+    kept[list(rank)] = True
+    alone = parents == list(range(-1, len(ids) - 1))
     return PackedRow(
         input_ids=torch.tensor(ids)[None],
-        position_ids=position[None],
-        attention_mask=None if alone else _mask(ancestors, node, position),
+        position_ids=torch.tensor(positions)[None],
+        attention_mask=None if alone else _mask(parents),
         keep=kept[None],
-        scored=torch.tensor(scored),
+        scored=torch.tensor([rank[node] for node in predictors]),
         targets=torch.tensor(targets),
         sequence=torch.tensor(sequence),
     )
 
 
-def _mask(ancestors: list[list[int]], node: Tensor, position: Tensor) -> Bool[Tensor, "1 1 T T"]:
-    """Which tokens each token sees: those before it in its own node and in the nodes above."""
-    sees = torch.zeros(len(ancestors), len(ancestors), dtype=torch.bool)
-    for index, lineage in enumerate(ancestors):
-        sees[index, lineage] = True
-    return (sees[node][:, node] & (position[None, :] <= position[:, None]))[None, None]
+def _mask(parents: Sequence[int]) -> Bool[Tensor, "1 1 T T"]:
+    """Which tokens each token sees: itself, and what its parent sees."""
+    sees = np.eye(len(parents), dtype=bool)
+    for token, parent in enumerate(parents):
+        if parent >= 0:
+            sees[token] |= sees[parent]
+    return torch.from_numpy(sees)[None, None]
 
 
 def row_logprobs(model: torch.nn.Module, row: PackedRow, temperature: float) -> Tensor:
@@ -145,7 +143,7 @@ def row_logits(model: torch.nn.Module, row: PackedRow) -> Tensor:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log_softmax(logits / temperature)[scored, targets] in float32, whatever the logits' precision.
+    """log_softmax(logits / temperature)[scored, targets] in float32 at least, whatever the logits' precision.
 
     Written by hand because logits are the largest tensor there is: autograd passes over them nine times, this four.
     """
@@ -153,10 +151,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, scored: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """logits (K, V), scored (N,) rows of them, targets (N,) -> (N,)."""
-        normalisers = torch.cat([(part.float() / temperature).logsumexp(-1) for part in logits.split(_ROWS)])
+        normalisers = torch.cat([(_wide(part) / temperature).logsumexp(-1) for part in logits.split(_ROWS)])
         ctx.save_for_backward(logits, scored, targets, normalisers)
         ctx.temperature = temperature
-        return logits[scored, targets].float() / temperature - normalisers[scored]
+        return _wide(logits[scored, targets]) / temperature - normalisers[scored]
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,11 +166,15 @@ class _TokenLogprobs(torch.autograd.Function):
         for part, out, total, normaliser in zip(
             logits.split(_ROWS), flow.split(_ROWS), by_row.split(_ROWS), normalisers.split(_ROWS), strict=True
         ):
-            shares = (part.float() / ctx.temperature).sub_(normaliser[:, None]).exp_()
+            shares = (_wide(part) / ctx.temperature).sub_(normaliser[:, None]).exp_()
             torch.mul(shares, -total[:, None], out=shares)
             out.copy_(shares)
         flow.index_put_((scored, targets), gradient.to(flow.dtype), accumulate=True)
         return flow, None, None, None
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 _ROWS = 16  # of logits at a time: a few MB, which stay in the processor's cache
@@ -188,4 +190,5 @@ def can_share(config: object) -> bool:
 
 
 def _size(group: Group) -> int:
-    return len(group.prompt) + sum(map(len, group.completions))
+    completed = {tuple(tokens[:end]) for tokens in group.completions for end in range(1, len(tokens))}
+    return len(group.prompt) + len(completed)

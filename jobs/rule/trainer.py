@@ -1,8 +1,9 @@
 """ReBO, stage 2 of RULE: TRL's GRPO trainer with RULE's rollouts, rewards, advantages and loss in place of TRL's.
 
 Of TRL and transformers it keeps the loop, the optimiser, the reference model, mixed precision, DDP and FSDP, LoRA and
-checkpoints. Three things make a step cheaper than TRL's at the same result: a prompt is computed once a group
-(`jobs.rule.packing`), logits exist only where a loss needs them, and a group without a gradient gets no backward pass.
+checkpoints. Three things make a step cheaper than TRL's at the same result: what sequences begin with in common is
+computed once (`jobs.rule.packing`), logits exist only where a loss needs them, and a group without a gradient gets no
+backward pass.
 """
 
 import time

@@ -43,7 +43,21 @@ def random_groups(seed: int) -> list[Group]:
     return groups
 
 
+def refusals(seed: int) -> list[Group]:
+    """Completions that begin alike, as refusals do, and end at different places."""
+    generator = random.Random(seed)
+    words = tokens(generator, 8)
+    groups, first = [], 0
+    for prompt in (tokens(generator, 4), tokens(generator, 3)):
+        completions = [words[: generator.randrange(1, 9)] + tokens(generator, 2) for _ in range(5)]
+        groups.append(Group(prompt, completions, first))
+        first += len(completions)
+    return groups
+
+
 CASES = {
+    "one completion begins another": [Group([5, 6], [[8, 9], [8, 9, 10, 11], [8]], 0)],
+    **{f"refusals {seed}": refusals(seed) for seed in range(3)},
     "identical prompts": [Group([5, 6, 7], [[8, 9], [10]], 0), Group([5, 6, 7], [[8, 9], [11, 12, 13]], 2)],
     "identical completions": [Group([5, 6], [[8, 9], [8, 9], [8, 9]], 0)],
     "one token each": [Group([5], [[8], [9]], 0), Group([6], [[8]], 2)],
@@ -138,15 +152,22 @@ def test_the_gradient_of_token_logprobs_is_autograds(precision):
 def test_what_is_shared_is_laid_out_once():
     groups = [Group([1, 2, 3, 4], [[7, 8], [9]], 0), Group([1, 2, 5], [[6]], 2)]
     row = pack(groups)
-    assert row.input_ids.tolist() == [[1, 2, 3, 4, 7, 8, 9, 5, 6]]
-    assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4, 2, 3]]
-    assert row.keep.nonzero()[:, 1].tolist() == [3, 4, 7]
+    assert row.input_ids.tolist() == [[1, 2, 3, 4, 7, 5]]
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 2]]
+    assert row.keep.nonzero()[:, 1].tolist() == [3, 4, 5]
     assert row.scored.tolist() == [0, 1, 0, 2]
     assert row.sequence.tolist() == [0, 0, 1, 2]
     sees = [mask.nonzero().squeeze(-1).tolist() for mask in row.attention_mask[0, 0]]
-    beginning, prompt = [[0], [0, 1]], [[0, 1, 2], [0, 1, 2, 3]]
-    completions = [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 6]]
-    assert sees == [*beginning, *prompt, *completions, [0, 1, 7], [0, 1, 7, 8]]
+    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 5]]
+
+
+def test_completions_share_the_words_that_they_begin_with():
+    row = pack([Group([1, 2], [[7, 8, 9], [7, 8, 3], [7, 4], [7, 8, 9]], 0)])
+    assert row.input_ids.tolist() == [[1, 2, 7, 8]]
+    assert row.attention_mask is None
+    assert row.scored.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 0, 1, 2]
+    assert row.targets.tolist() == [7, 8, 9, 7, 8, 3, 7, 4, 7, 8, 9]
+    assert row.sequence.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
 
 
 def test_a_row_moves_whole():
@@ -168,9 +189,9 @@ def test_planning_loses_and_doubles_nothing_and_keeps_the_budget(sizes, tokens_p
     assert sorted(g.first for row in rows for g in row) == [g.first for g in groups]
     assert all(row for row in rows)
     for row in rows:
-        size = sum(len(g.prompt) + sum(map(len, g.completions)) for g in row)
+        size = pack(row).input_ids.shape[1]
         assert size <= tokens_per_row or len(row) == 1
-        assert pack(row).input_ids.shape[1] <= size
+        assert size <= sum(len(g.prompt) + sum(map(len, g.completions)) for g in row)
     assert rows == plan_rows(groups[::-1], tokens_per_row)
 
 
