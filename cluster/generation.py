@@ -243,7 +243,9 @@ def draw(logits: "torch.Tensor", temperature: float, top_p: float, generator: "t
     import torch
 
     if temperature == 0:
-        return logits.argmax(-1)
+        highest, chosen = logits.max(-1)
+        _require_numbers(highest)
+        return chosen
     uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)
     # On a CPU a few rows at a time stay in its cache; `multinomial` would draw a number for each token there is.
     rows = len(logits) if logits.is_cuda else 8
@@ -263,11 +265,17 @@ def _inverse(logits: "torch.Tensor", uniform: "torch.Tensor", temperature: float
         probabilities = probabilities.scatter(-1, order, ordered)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
-    if not torch.isfinite(total).all():
-        raise Diverged("the model's logits are no numbers any more: training diverged; lower the learning rate")
+    _require_numbers(total)
     # rounding must not lift the level to the total, where only tokens of probability 0 are left
     level = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, level, right=True).squeeze(-1)
+
+
+def _require_numbers(values: "torch.Tensor") -> None:
+    import torch
+
+    if not torch.isfinite(values).all():
+        raise Diverged("the model's logits are no numbers any more: training diverged; lower the learning rate")
 
 
 def chosen_engine(settings: "Generation", train: "Train") -> str:

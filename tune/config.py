@@ -53,7 +53,7 @@ class Search(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     grace_steps: int = Field(default=4, ge=1, le=MOST)
     reduction_factor: float = Field(default=2, gt=1)
-    space: dict[str, Dimension | None] = Field(default_factory=dict)
+    space: dict[Annotated[str, Field(pattern="^[^/]+$")], Dimension | None] = Field(default_factory=dict)
 
 
 class Tune(Section):

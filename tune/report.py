@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tune.front import hypervolume, hypervolumes, nondominated
-from tune.search import FAILED, Plan, Record, spanned
+from tune.search import COMPLETE, FAILED, STOPPED, Plan, Record, spanned
 from tune.space import distributions
 
 if TYPE_CHECKING:
@@ -13,23 +13,24 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 IMPORTANCE_FROM = 4  # trials; with fewer nothing can be told apart
-COLOURS = {"complete": "#1F77B4", "stopped": "#AAAAAA"}
+COLOURS = {COMPLETE: "#1F77B4", STOPPED: "#AAAAAA"}
 FRONT_COLOUR = "#D62728"
 
 
 def summary(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
-    """The search's part of its report; trials that failed count nowhere but in `trials`."""
-    looked = [record for record in records if record.looks and record.state != FAILED]
-    points = [record.point(plan.objectives) for record in looked]
-    front = [looked[index].number for index in nondominated(points)]
-    default = [point for record, point in zip(looked, points, strict=True) if not record.values]
+    """The search's part of its report. Points are compared at equal steps: those of trials that came to their end."""
+    looked = [record for record in records if record.looks and record.state in (COMPLETE, STOPPED)]
+    complete = [record for record in looked if record.state == COMPLETE]
+    points = [record.point(plan.objectives) for record in complete]
+    default = [point for record, point in zip(complete, points, strict=True) if not record.values]
     trained, planned = sum(record.last_step for record in looked), plan.max_steps * len(looked)
+    best = max(complete, key=lambda record: spanned(record.looks[-1], plan.objectives), default=None)
     return {
         "objectives": list(plan.objectives),
         "trials": [vars(record) for record in records],
         "failures": {str(record.number): record.message for record in records if record.state == FAILED},
-        "front": front,
-        "best": max(looked, key=lambda record: spanned(record.looks[-1], plan.objectives)).number if looked else None,
+        "front": [complete[index].number for index in nondominated(points)],
+        "best": best and best.number,
         "hypervolume": {
             "all": hypervolume(points),
             "configuration_as_it_is": hypervolume(default),
@@ -41,16 +42,18 @@ def summary(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def importance(plan: Plan, looked: Sequence[Record]) -> dict[str, float]:
-    """Share of each name of the space in the variance of the spanned volume (fANOVA), falling; empty for few trials."""
+    """Share of each name of the space in the variance of the spanned volume at the last look (fANOVA), falling.
+
+    Empty for few trials, and where all span the same.
+    """
     import optuna
 
-    drawn = [record for record in looked if record.values]
-    if len(drawn) < IMPORTANCE_FROM:
+    drawn = [(record, spanned(record.looks[-1], plan.objectives)) for record in looked if record.values]
+    if len(drawn) < IMPORTANCE_FROM or len({value for _, value in drawn}) == 1:
         return {}
     space = distributions(plan.space)
     study = optuna.create_study(direction="maximize")
-    for record in drawn:
-        value = spanned(record.looks[-1], plan.objectives)
+    for record, value in drawn:
         study.add_trial(optuna.trial.create_trial(value=value, params=record.values, distributions=space))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=plan.settings.seed)
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
@@ -83,7 +86,7 @@ def table(content: Mapping[str, Any]) -> "Table":
         )
     volume, steps = content["hypervolume"], content["steps"]
     shown.caption = (
-        f"Trial 0 is the configuration as it is. Hypervolume from the origin: {volume['all']:.3f} of all trials, "
+        f"Trial 0 is the configuration as it is. Hypervolume from the origin: {volume['all']:.3f} of complete trials, "
         f"{volume['configuration_as_it_is']:.3f} of trial 0.\n"
         f"Steps: {steps['trained']} of {steps['planned']}, {100 * steps['saved']:.0f} % saved. "
         "Figures: last look, with 95 % intervals over its probes; the best of many trials leans to the good side."
@@ -102,7 +105,7 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     heights = content["hypervolume"]["by_trial"]
     volume.step(range(1, len(heights) + 1), heights, where="post", color=FRONT_COLOUR)
     volume.axhline(content["hypervolume"]["configuration_as_it_is"], color="#777777", linestyle="--", linewidth=1)
-    volume.set_xlabel("trials")
+    volume.set_xlabel("complete trials")
     volume.set_ylabel("hypervolume (dashed: the configuration as it is)")
     volume.set_ylim(0, 1.03)
     shares = list(content["importance"].items())[::-1]
@@ -118,7 +121,7 @@ def figure(content: Mapping[str, Any]) -> "Figure":
 def _scatter(axes: "Axes", content: Mapping[str, Any]) -> None:
     first, second = content["objectives"][:2]
     for trial in content["trials"]:
-        if not trial["looks"] or trial["state"] == FAILED:
+        if not trial["looks"] or trial["state"] not in COLOURS:
             continue
         path = [(look[first], look[second]) for look in trial["looks"]]
         on_front = trial["number"] in content["front"]

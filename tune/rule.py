@@ -1,5 +1,6 @@
 """`python -m tune.rule`: search RULE's rewards, boundary data and training settings with Ray Tune."""
 
+import os
 import shlex
 import shutil
 import sys
@@ -13,7 +14,7 @@ import typer
 import yaml
 
 from cluster import cli
-from cluster.config import load, overlaid
+from cluster.config import leaves, load, overlaid
 from cluster.errors import JobFailure, UserError
 from jobs.rule.config import RuleConfig
 from tune.config import Tune
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 SETTINGS = "search.yaml"
 PLACE = "tune.rule.space"
 LOOKS = 12  # of a trial, where `rule.trace.every` does not say
-TRAINING = ("rule.rebo.", "rule.steering.", "rule.baseline.")  # keys that change nothing of what is read
-NOT_SEARCHED = ("rule.rebo.steps", "rule.rebo.updates_per_rollout", "rule.model", "rule.data")
+SEARCHED = ("rule.rebo.", "rule.steering.", "rule.boundary.")
+NOT_SEARCHED = ("rule.rebo.steps", "rule.rebo.updates_per_rollout")
+OF_THE_DATA = "rule.boundary."  # what is read depends on these alone
+FREE_ON_RESUME = ("tune.rule.trials=", "tune.rule.max_concurrent=", "cluster.", "tracking.")
+URI = "MLFLOW_TRACKING_URI"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -59,6 +63,12 @@ def search(
             raise UserError("--resume DIR takes the search as it was; only --set may change it, as tune.rule.trials=24")
         if not (resume / SETTINGS).exists():
             raise UserError(f"--resume {resume} holds no search ({SETTINGS} is missing); name the folder of one")
+        for assignment in sets or []:
+            if not assignment.startswith(FREE_ON_RESUME):
+                raise UserError(
+                    f"--resume with --set {assignment}: a search goes on as it was; only tune.rule.trials, "
+                    "tune.rule.max_concurrent, cluster.* and tracking.* may change"
+                )
         files, out = [resume / SETTINGS], resume
     loaded = load(SearchConfig, profile, files, sets or [])
     if dry_run:
@@ -77,17 +87,19 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
     from cluster import session
     from cluster.errors import paths_named
     from cluster.report import digest, read_json, write_json
+    from cluster.tracking_store import without_credentials
     from jobs.rule import job, trial
 
     with paths_named():
         base, space = settled(config)
-        usable(base, space)
+        shapes = usable(base, space)
         chosen = config.tune.rule.model_dump(exclude={"trials", "max_concurrent"})  # more of them go on with a search
-        own = job.prepare(config, out, command, what=f"search-{digest([chosen, base.rule.trace.model_dump()])[:6]}")
+        own = job.prepare(base, out, command, what=f"search-{digest(chosen)[:6]}")
         job.claim(own, fresh)
         own.folder.mkdir(parents=True, exist_ok=True)
     # imported now: Ray reads some of the environment, which `prepare` sets, when it is imported
     from tune.report import figure
+    from tune.search import FAILED, RUNNING, recorded
     from tune.search import search as searched
 
     known = read_json(own.folder / "report.json")
@@ -95,17 +107,26 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
         print(f"this search is finished (--fresh starts it over): {own.folder}")
         _show(known)
         return own.folder / "report.json"
+    own.config = own.config.model_copy(update={"tracking": config.tracking})
+    recorded(own.folder)
     with job.exclusively(own.folder), session.connected(base), job.tracked(own, "rule-search") as tracker:
         (own.folder / SETTINGS).write_text(yaml.safe_dump(_remembered(config), sort_keys=False), encoding="utf-8")
-        plan = planned(config, base, space, own, tracker.run_id)
-        records = searched(plan)
-        for record in records:
-            trial.clear(plan.trial_folder(record.number))
-        if not any(record.looks for record in records):
-            raise JobFailure(f"no trial got as far as a look; the first: {records[0].message}")
-        content = _content(own, plan, base, records) | {
-            "mlflow": {"uri": _shown_uri(tracker), "run_id": tracker.run_id}
-        }
+        os.environ[URI] = tracker.uri
+        plan = planned(config, base, space, own, shapes, tracker.run_id)
+        try:
+            records = searched(plan)
+        finally:
+            for record in recorded(own.folder):
+                folder = plan.trial_folder(record.number)
+                if record.state == RUNNING:
+                    trial.stopped(folder, failed=False)
+                else:  # its workers may have written on for a moment
+                    trial.clear(folder)
+        if not any(record.looks and record.state != FAILED for record in records):
+            first = next((record.message for record in records if record.message), "no trial was started")
+            raise JobFailure(f"no trial got as far as a look; the first: {first}")
+        content = _content(config, own, plan, base, records)
+        content["mlflow"] = {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id}
         plot = own.folder / "plots" / "search.png"
         plot.parent.mkdir(exist_ok=True)
         figure(content).savefig(plot, dpi=150)
@@ -116,9 +137,8 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
             stage="search",
         )
         path = write_json(content, own.folder / "report.json")
-        for artifact in (plot, path, own.folder / "best.yaml"):
+        for artifact in (plot, path, *own.folder.glob("best.yaml")):
             tracker.artifact(artifact)
-    shutil.rmtree(own.folder / "ray", ignore_errors=True)  # Tune's own state, which nothing reads again
     _show(content)
     return path
 
@@ -126,26 +146,36 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
 def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
     """The configuration of a trial that sets nothing, and the space.
 
+    Paths in it are absolute, for a trial may run in another folder; the tracking address, which may hold a password and
+    would be written with a trial, is left out.
+
     Raises:
-        UserError: an empty space, or one with a key that a search cannot set.
+        UserError: another method than RULE, an empty space, or a key that a search cannot set.
     """
-    sections = {name: getattr(config, name) for name in RuleConfig.model_fields}
-    base = RuleConfig(**sections)
+    if config.rule.method != "RULE":
+        raise UserError(f"rule.method = {config.rule.method} has no stage 2 to search; take RULE, or `compare`")
+    base = RuleConfig(**{name: getattr(config, name) for name in RuleConfig.model_fields})
+    keys = {"cluster.storage": str(Path(config.cluster.storage).expanduser().resolve()), "tracking.uri": None}
+    for name in ("model", "data"):
+        place = Path(getattr(config.rule, name)).expanduser()
+        keys |= {f"rule.{name}": str(place.resolve())} if place.exists() else {}
     if base.rule.trace.every is None:
-        base = overlaid(base, {"rule.trace.every": max(1, base.rule.rebo.steps // LOOKS)}, "rule.trace")
+        keys["rule.trace.every"] = max(1, base.rule.rebo.steps // LOOKS)
     space = present(config.tune.rule.space, PLACE)
+    known = set(leaves(RuleConfig))
     for name, dimension in space.items():
         for key in sorted(dimension.keys(name)):
-            if not key.startswith("rule.") or key in NOT_SEARCHED:
+            a_section = any(other.startswith(f"{key}.") for other in known)
+            if key in known and (key in NOT_SEARCHED or a_section or not key.startswith(SEARCHED)):
                 raise UserError(
-                    f"{PLACE}: {key} cannot be searched: trials are compared at equal steps on one model and data, "
-                    "and take turns on the same workers; take another key under rule"
+                    f"{PLACE}: {key} cannot be searched: trials are compared at equal steps, on one model and the same "
+                    f"probes; take a single key under {', '.join(SEARCHED)} but {' and '.join(NOT_SEARCHED)}"
                 )
-    return base, space
+    return overlaid(base, keys, "the search"), space
 
 
-def usable(base: RuleConfig, space: Space) -> None:
-    """Has every choice, and each end of a range, checked as a run's configuration and data would be.
+def usable(base: RuleConfig, space: Space) -> list["job.Run"]:
+    """Has every choice and values of each range checked as a run's configuration and data would be; returns these runs.
 
     Raises:
         UserError: naming the entry of the space.
@@ -153,17 +183,22 @@ def usable(base: RuleConfig, space: Space) -> None:
     from jobs.rule import job, stages
 
     prepared = job.prepare(base, None, "")
+    runs = [prepared]
 
     def accept(keys: dict[str, Any], origin: str) -> None:
         config = overlaid(base, keys, origin)
-        same_data = all(key.startswith(TRAINING) for key in keys)
-        stages.check(replace(prepared, config=config) if same_data else job.prepare(config, None, ""))
+        reads_otherwise = any(key.startswith(OF_THE_DATA) for key in keys)
+        runs.append(job.prepare(config, None, "") if reads_otherwise else replace(prepared, config=config))
+        stages.check(runs[-1])
 
     require_usable(space, PLACE, accept)
+    return runs
 
 
-def planned(config: SearchConfig, base: RuleConfig, space: Space, own: "job.Run", parent: str) -> "Plan":
-    """What the search runs.
+def planned(
+    config: SearchConfig, base: RuleConfig, space: Space, own: "job.Run", shapes: Sequence["job.Run"], parent: str
+) -> "Plan":
+    """What the search runs on this cluster; `shapes` are runs as large as its trials.
 
     Raises:
         UserError: more trials at once than the cluster holds.
@@ -174,18 +209,29 @@ def planned(config: SearchConfig, base: RuleConfig, space: Space, own: "job.Run"
     from jobs.rule.trace import AXES
     from tune.search import Plan
 
-    slots = stages.slots([own], ray.cluster_resources())
+    slots = stages.slots(shapes, ray.cluster_resources())
     wanted = config.tune.rule.max_concurrent
     if wanted is not None and wanted > slots:
         train = config.train
+        each = train.num_workers * train.cpus_per_worker
         raise UserError(
             f"tune.rule.max_concurrent = {wanted} trials need {wanted} x train.num_workers {train.num_workers} x "
-            f"train.cpus_per_worker {train.cpus_per_worker} = {wanted * train.num_workers * train.cpus_per_worker} CPUs"
-            f" and the memory of as many runs; the cluster has room for {slots} at once; lower it, or leave it null"
+            f"train.cpus_per_worker {train.cpus_per_worker} = {wanted * each} CPUs and the memory of as many runs; the "
+            f"cluster has room for {slots} at once; lower it, or leave it null"
         )
-    run_trial = partial(_run_trial, base, space, own.folder / "shared", parent)
-    steps = base.rule.rebo.steps * base.rule.rebo.updates_per_rollout
-    return Plan(own.folder, config.tune.rule, space, AXES, steps, wanted or slots, run_trial, _ended)
+    judge = config.rule.evaluation.judge
+    names = [URI, *([judge.token_env] if judge is not None and judge.token_env else [])]
+    return Plan(
+        folder=own.folder,
+        settings=config.tune.rule,
+        space=space,
+        objectives=AXES,
+        max_steps=base.rule.rebo.steps * base.rule.rebo.updates_per_rollout,
+        slots=wanted or slots,
+        run=partial(_run_trial, base, space, own.folder / "shared", parent),
+        ended=_ended,
+        environment={name: os.environ[name] for name in names if name in os.environ},
+    )
 
 
 def _run_trial(
@@ -211,7 +257,9 @@ def _ended(record: "Record", folder: Path) -> None:
     trial.clear(folder)
 
 
-def _content(own: "job.Run", plan: "Plan", base: RuleConfig, records: "Sequence[Record]") -> dict[str, Any]:
+def _content(
+    config: SearchConfig, own: "job.Run", plan: "Plan", base: RuleConfig, records: "Sequence[Record]"
+) -> dict[str, Any]:
     from cluster.report import machine
     from cluster.tracking import git_commit, masked
     from cluster.tracking_store import without_credentials
@@ -221,11 +269,15 @@ def _content(own: "job.Run", plan: "Plan", base: RuleConfig, records: "Sequence[
 
     found = summary(plan, records)
     by_number = {record.number: record for record in records}
+    shutil.rmtree(own.folder / "front", ignore_errors=True)
     for number in found["front"]:
         _configuration(base, plan.space, by_number[number], own.folder / "front" / f"{number:03d}.yaml")
-    _configuration(base, plan.space, by_number[found["best"]], own.folder / "best.yaml")
-    seed = base.rule.seed
-    metrics = {str(number): trial.intervals(plan.trial_folder(number), seed) for number in by_number}
+    if found["best"] is not None:
+        _configuration(base, plan.space, by_number[found["best"]], own.folder / "best.yaml")
+    metrics = {
+        str(number): trial.intervals(plan.trial_folder(number), record.last_step, base.rule.seed)
+        for number, record in by_number.items()
+    }
     return {
         "system": "rule",
         "job": "search",
@@ -233,7 +285,7 @@ def _content(own: "job.Run", plan: "Plan", base: RuleConfig, records: "Sequence[
         "model": own.source.name,
         "model_version": own.source.version,
         "command": without_credentials(own.command),
-        "configuration": masked(own.config.model_dump()),
+        "configuration": masked(config.model_dump()),
         "data_digests": {base.rule.data: job.data_digest(own.data)},
         "metrics": {name: {axis: one.to_json() for axis, one in found.items()} for name, found in metrics.items()},
         "machine": machine(),
@@ -252,9 +304,11 @@ def _configuration(base: RuleConfig, space: Space, record: "Record", path: Path)
 
 
 def _remembered(config: SearchConfig) -> dict[str, Any]:
-    # a tracking address may hold a password: it comes from the environment or the command line again
-    content = config.model_dump()
-    content["tracking"]["uri"] = None
+    from cluster.tracking_store import without_credentials
+
+    content, uri = config.model_dump(), config.tracking.uri
+    if uri is not None and without_credentials(uri) != uri:  # a password comes from the environment again
+        content["tracking"]["uri"] = None
     return content
 
 

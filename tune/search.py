@@ -1,11 +1,12 @@
 """A search over one job with Ray Tune: Optuna proposes, ASHA ends what falls behind, every trial leaves a record.
 
-The records (`trials/NNN.json`) are all that a search remembers: after `kill -9` the next driver tells Optuna and ASHA
-what they say, and starts what was running again under its number. Nothing is unpickled.
+The records (`trials/NNN.json`) are all that the search itself remembers: after `kill -9` the next driver tells Optuna
+and ASHA what they say, and starts what was running again under its number. Nothing is unpickled.
 """
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from cluster.cli import root_cause, sentence
+from cluster.errors import UserError
 from cluster.report import read_json, write_json
 from tune.config import Search
 from tune.space import Space, Values, distributions
@@ -60,7 +62,8 @@ class Plan:
     """What a system hands over. `objectives` are maximised, from 0 to 1.
 
     run: trains a trial in a folder, with callbacks for Ray Train, and returns its last look; called in a Ray worker
-        that holds no CPU, so that its training finds them free.
+        that holds no CPU, so that its training finds them free. Tune writes it to disk: it must hold no secret.
+    environment: variables of that worker, which are not written.
     ended: told of each trial that ended, with its folder.
     """
 
@@ -72,44 +75,53 @@ class Plan:
     slots: int
     run: Callable[[Values, Path, Sequence[TuneReportCallback]], dict[str, float]]
     ended: Callable[[Record, Path], None]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def trial_folder(self, number: int) -> Path:
         """Where a trial keeps its run."""
         return self.folder / "trials" / f"{number:03d}"
-
-    def records(self) -> list[Record]:
-        """What is on record, by number."""
-        found = sorted((self.folder / "trials").glob("*.json"))
-        return [Record(**read_json(path)) for path in found if re.fullmatch(r"\d+", path.stem)]
 
     def keep(self, record: Record) -> None:
         """Writes a record."""
         write_json(vars(record), self.folder / "trials" / f"{record.number:03d}.json")
 
 
+def recorded(folder: Path) -> list[Record]:
+    """What is on record in a search's folder, by number.
+
+    Raises:
+        UserError: a record that is none.
+    """
+    found = sorted((folder / "trials").glob("*.json"))
+    return [_record(path) for path in found if re.fullmatch(r"\d+", path.stem)]
+
+
 def search(plan: Plan) -> list[Record]:
-    """Runs the trials that are not on record as ended; returns all of them."""
-    before = plan.records()
+    """Runs what is not on record as ended; returns all records."""
+    before = recorded(plan.folder)
     ended = [record for record in before if record.state != RUNNING]
-    missing = plan.settings.trials - len(ended)
+    waiting = [record for record in before if record.state == RUNNING]
+    missing = max(plan.settings.trials - len(ended), len(waiting))
     if missing > 0:
         os.environ.update(ENVIRONMENT)
-        waiting = [record for record in before if record.state == RUNNING]
-        proposals = Proposals(plan, ended, waiting)
+        trial = tune.with_parameters(_trainable(plan), environment=dict(plan.environment))
         tuner = tune.Tuner(
-            tune.with_resources(_trainable(plan), {"memory": 1_000_000}),  # of the CPUs none: they are its training's
+            tune.with_resources(trial, {"memory": 1_000_000}),  # of the CPUs none: they are its training's
             tune_config=tune.TuneConfig(
-                search_alg=proposals,
-                scheduler=Halving(plan, ended),
+                search_alg=Proposals(plan, ended, waiting),
+                scheduler=Halving(plan, ended, waiting),
                 num_samples=missing,
                 max_concurrent_trials=plan.slots,
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=str(plan.folder / "ray"), callbacks=[Keeper(plan)], verbose=0
+                name="tune", storage_path=str(plan.folder / "ray"), callbacks=[Keeper(plan, waiting)], verbose=0
             ),
         )
-        tuner.fit()
-    return plan.records()
+        try:
+            tuner.fit()
+        finally:
+            shutil.rmtree(plan.folder / "ray", ignore_errors=True)  # Tune's own state, which nothing reads again
+    return recorded(plan.folder)
 
 
 class Proposals(OptunaSearch):
@@ -122,7 +134,8 @@ class Proposals(OptunaSearch):
         space, trials = distributions(plan.space), plan.settings.trials
         storage = optuna.storages.InMemoryStorage()
         sampler = optuna.samplers.TPESampler(
-            seed=plan.settings.seed + len(ended),  # a search that goes on must not draw what it drew before
+            # a search that goes on must not draw what it drew before
+            seed=plan.settings.seed + len(ended) + len(waiting),
             n_startup_trials=max(2, trials // STARTUP_SHARE),
             multivariate=True,
             constant_liar=True,
@@ -145,9 +158,9 @@ class Proposals(OptunaSearch):
                 )
         self.waiting = [(record.number, record.values) for record in waiting]
         known = [record.number for record in (*ended, *waiting)]
-        self.next = max(known, default=-1) + 1
-        if not known:
-            self.waiting, self.next = [(0, {})], 1
+        self.next = max(known, default=0) + 1
+        if 0 not in known:
+            self.waiting.insert(0, (0, {}))
         self.as_it_is: set[str] = set()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
@@ -171,7 +184,7 @@ class Proposals(OptunaSearch):
 class Halving(ASHAScheduler):
     """ASHA on steps; it knows how earlier trials did, and lets the configuration as it is run to its end."""
 
-    def __init__(self, plan: Plan, ended: Sequence[Record]) -> None:
+    def __init__(self, plan: Plan, ended: Sequence[Record], waiting: Sequence[Record]) -> None:
         super().__init__(
             time_attr="step",
             metric=SPANNED,
@@ -181,30 +194,48 @@ class Halving(ASHAScheduler):
             reduction_factor=plan.settings.reduction_factor,
             stop_last_trials=False,
         )
+        self.objectives = plan.objectives
+        self.earlier: dict[int, list[dict[str, float]]] = {record.number: record.looks for record in waiting}
         for record in ended:
-            earlier = SimpleNamespace(trial_id=f"earlier-{record.number}", config={"values": record.values})
-            self.on_trial_add(None, earlier)
-            for look in record.looks:
-                self.on_trial_result(None, earlier, look | {SPANNED: spanned(look, plan.objectives)})
-            self.on_trial_remove(None, earlier)
+            one = SimpleNamespace(trial_id=f"earlier-{record.number}", config=vars(record))
+            super().on_trial_add(None, one)
+            self._tell(one, record.looks)
+            self.on_trial_remove(None, one)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Told by Tune; a trial that a killed driver left has looks already."""
+        super().on_trial_add(tune_controller, trial)
+        self._tell(trial, self.earlier.pop(trial.config["number"], []))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        """Told by Tune."""
+        """Told by Tune. At its last step a trial ends by itself."""
         action = super().on_trial_result(tune_controller, trial, result)
-        return action if trial.config["values"] else TrialScheduler.CONTINUE
+        stays = not trial.config["values"] or result.get("step", 0) >= self._max_t
+        return TrialScheduler.CONTINUE if stays else action
+
+    def _tell(self, trial: Any, looks: Sequence[dict[str, float]]) -> None:
+        for look in looks:
+            super().on_trial_result(None, trial, look | {SPANNED: spanned(look, self.objectives)})
 
 
 class Keeper(tune.Callback):
     """Writes the records, and a line for each look and each end."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, waiting: Sequence[Record] = ()) -> None:
         self.plan = plan
+        self.waiting = {record.number: record for record in waiting}
         self.records: dict[str, Record] = {}
+        self.before: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
         """Told by Tune."""
-        record = Record(trial.config["number"], dict(trial.config["values"]))
+        number = trial.config["number"]
+        record = self.waiting.pop(number, None)
+        if record is None:  # a folder without a record is of a trial that someone took out
+            shutil.rmtree(self.plan.trial_folder(number), ignore_errors=True)
+            record = Record(number, dict(trial.config["values"]))
         self.records[trial.trial_id] = record
+        self.before[trial.trial_id] = record.seconds
         self.plan.keep(record)
         chosen = ", ".join(f"{name} {_shown(value)}" for name, value in record.values.items())
         print(f"trial {record.number}: {chosen or 'the configuration as it is'}", flush=True)
@@ -212,7 +243,7 @@ class Keeper(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **_: Any) -> None:
         """Told by Tune."""
         record = self.records[trial.trial_id]
-        record.seconds = round(result["time_total_s"], 1)
+        record.seconds = round(self.before[trial.trial_id] + result["time_total_s"], 1)
         look = {name: result[name] for name in ("step", *self.plan.objectives)}
         if record.last_step < look["step"]:
             record.looks.append(look)
@@ -228,6 +259,8 @@ class Keeper(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
         """Told by Tune."""
+        if trial.trial_id not in self.records:  # it failed before it started
+            self.on_trial_start(iteration, trials, trial)
         record = self.records[trial.trial_id]
         told = read_json(_failure(self.plan, record.number))
         record.message = told["message"] if told else "its process died"
@@ -262,9 +295,10 @@ def spanned(look: Mapping[str, float], objectives: Sequence[str]) -> float:
     return product
 
 
-def _trainable(plan: Plan) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def trial(config: dict[str, Any]) -> dict[str, Any]:
+def _trainable(plan: Plan) -> Callable[..., dict[str, Any]]:
+    def trial(config: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
         number = config["number"]
+        os.environ.update(environment)
         try:
             look = plan.run(config["values"], plan.trial_folder(number), [Reports(plan.objectives)])
         except Exception as error:
@@ -273,6 +307,18 @@ def _trainable(plan: Plan) -> Callable[[dict[str, Any]], dict[str, Any]]:
         return look | {SPANNED: spanned(look, plan.objectives), "returned": True}
 
     return trial
+
+
+def _record(path: Path) -> Record:
+    content = read_json(path)
+    try:
+        record = Record(**content)
+        sound = record.number == int(path.stem) and all("step" in look for look in record.looks)
+    except TypeError:
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is no record of a trial; move it and the folder of its name away, and it runs again")
+    return record
 
 
 def _failure(plan: Plan, number: int) -> Path:

@@ -1,5 +1,6 @@
 """From the configured space to Optuna's distributions, and from a trial's values back to configuration keys."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,11 @@ def keys_of(space: Space, values: Values) -> dict[str, Any]:
 
 
 def corners(space: Space) -> Iterator[tuple[str, Values]]:
-    """Each choice and each end of a range alone, with the words that name it in a message."""
+    """Each choice, and of a range both ends and a value between, alone; with the words that name it in a message."""
     for name, dimension in space.items():
-        for value in dimension.choice or dimension.settings or dimension.uniform or dimension.log_uniform:
+        ends = dimension.uniform or dimension.log_uniform
+        # a key that takes whole numbers only takes both ends of [4, 16], and nothing that is drawn
+        for value in dimension.choice or dimension.settings or (*ends, ends[0] + (ends[1] - ends[0]) / math.pi):
             yield f"{name} = {value}", {name: value}
 
 

@@ -5,9 +5,11 @@ steps of relearning on other forget questions with their true answers. What is d
 goes on where it was ended.
 """
 
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,23 @@ from cluster.tracking import Tracker, git_commit, masked
 from cluster.tracking_store import without_credentials
 from jobs.rule import attack_report, job, tradeoff
 from jobs.rule import report as reporting
-from jobs.rule.attacks import PLAIN, AttackTask, attacked
+from jobs.rule.attacks import PLAIN, REWORDINGS, AttackTask, attacked
 from jobs.rule.config import RuleConfig, Steering
-from jobs.rule.data import Probe, Refusal
+from jobs.rule.data import Probe, Refusal, data_folder
+from jobs.rule.evaluate import check_lengths
+from jobs.rule.in_context import in_form
 from jobs.rule.pareto import paired_difference
+from jobs.rule.plan import rule_plan
 from jobs.rule.probes import Answer
-from jobs.rule.trace import LAST_LOOK, Trace, known_probes
+from jobs.rule.trace import Trace, known_probes
 from jobs.scoring.intervals import mean_interval
 
 ORIGINAL = "original"
 RELEARNING = "relearning"
 KINDS = ("forget_fb", "forget_qa")  # attacks of the data's own (forget_aa) would be attacked twice
+LONGEST = max(REWORDINGS.values(), key=lambda reword: len(reword("")))
 LIMIT_S = 6 * 3600
-NAME = re.compile(r"[\w.+@-]+")
+NAME = re.compile(r"[\w+@-][\w.+@-]*")
 
 
 def chosen(named: Sequence[str], comparison: Path | None) -> dict[str, Path]:
@@ -49,7 +55,9 @@ def chosen(named: Sequence[str], comparison: Path | None) -> dict[str, Path]:
     for text in named:
         name, equals, folder = text.partition("=")
         if not equals or not NAME.fullmatch(name):
-            raise UserError(f"--model {text} is not of the form NAME=DIR, where NAME has letters, digits and . + @ - _")
+            raise UserError(
+                f"--model {text} is not of the form NAME=DIR, NAME of letters, digits and . + @ - _, no dot first"
+            )
         if name in found or name == ORIGINAL:
             raise UserError(f"--model {text}: there is a model {name} already; take another name")
         found[name] = Path(folder)
@@ -62,14 +70,23 @@ def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fres
     """Attacks every model, the original as well, and writes the report; returns its path.
 
     Raises:
-        UserError: a model that cannot be read, too few known probes, or weights that are shared out (fsdp).
+        UserError: a model that cannot be read or holds a question no more, too few known probes, or no room to relearn.
     """
+    rule = config.rule
     if config.train.strategy == "fsdp":
-        raise UserError("attack asks models in training, which train.strategy = fsdp does not let it; take ddp")
+        raise UserError(
+            "attack asks models in training, which train.strategy = fsdp does not let it; take ddp, and for a large "
+            "model adapters (train.lora)"
+        )
     with paths_named():
-        sources = {name: models.resolve(str(folder)) for name, folder in named.items()}
+        folder = data_folder(rule.data)
+        sources = {name: in_form(rule, models.resolve(str(place)), folder) for name, place in named.items()}
         pinned = digest([[name, source.version] for name, source in sources.items()])
         run = job.prepare(config, out, command, what=f"attack-{pinned[:6]}")
+        longest = [replace(probe, query=LONGEST(probe.query)) for probe in run.data.probes if probe.kind in KINDS]
+        for source in sources.values():
+            check_lengths(source.path, longest, rule.evaluation)
+        rule_plan(config, run.data, run.source.path, ("steering",)).require_fit()
         job.claim(run, fresh)
     paths = {ORIGINAL: run.source.path} | {name: source.path for name, source in sources.items()}
     known = read_json(run.folder / "report.json")
@@ -100,22 +117,29 @@ def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fres
 
 
 def split(answers: Sequence[Answer], config: RuleConfig) -> tuple[tuple[Refusal, ...], tuple[Probe, ...]]:
-    """Questions with their true answers to relearn from, and the probes that every attack asks: known ones, no overlap.
+    """Questions with their true answers to relearn from, and the probes that every attack asks: known ones.
+
+    A fact stands in several of them: a question with an answer that is relearnt is not asked.
 
     Raises:
         UserError: fewer than two known probes are left to ask.
     """
-    rule = config.rule
-    known = [probe for probe in known_probes(answers, rule.evaluation.known_threshold, None) if probe.kind in KINDS]
-    wanted = rule.attack.relearn_answers
-    if len(known) < wanted + 2:
+    wanted = config.rule.attack.relearn_answers
+    threshold = config.rule.evaluation.known_threshold
+    by_answer: dict[str, list[Probe]] = {}
+    for probe in known_probes(answers, threshold, None):
+        if probe.kind in KINDS:
+            by_answer.setdefault(probe.answer.casefold().strip(), []).append(probe)
+    facts = list(by_answer.values())
+    taken = {index * len(facts) // wanted for index in range(wanted)}
+    lessons = [Refusal(facts[index][0].query, facts[index][0].answer, index) for index in sorted(taken)]
+    asked = [probe for index, probes in enumerate(facts) if index not in taken for probe in probes]
+    if len(asked) < 2:
         raise UserError(
-            f"rule.attack.relearn_answers = {wanted} leaves {max(0, len(known) - wanted)} of {len(known)} known forget "
-            "probes to ask; lower it"
+            f"rule.attack.relearn_answers = {wanted} of the {len(facts)} different answers to known forget probes "
+            f"leave {len(asked)} probes to ask; lower it, or bring more questions that the original answers"
         )
-    taken = {index * len(known) // wanted for index in range(wanted)}
-    lessons = [Refusal(known[index].query, known[index].answer, index) for index in sorted(taken)]
-    return tuple(lessons), tuple(probe for index, probe in enumerate(known) if index not in taken)
+    return tuple(lessons), tuple(asked)
 
 
 def _scores(run: job.Run, name: str, path: Path, probes: tuple[Probe, ...]) -> dict[str, list[float]]:
@@ -158,10 +182,11 @@ def _relearned(
     if known is not None:
         return known
     settings = rule.attack
-    batch = min(len(lessons), 8)
+    workers = config.train.num_workers
+    batch = workers * max(1, min(len(lessons), 8) // workers)
     steering = Steering(
         learning_rate=settings.relearn_learning_rate,
-        epochs=settings.relearn_steps * batch / len(lessons),
+        epochs=settings.relearn_steps / math.ceil(len(lessons) / batch),
         stop_after_epochs=None,
         batch_size=batch,
         warmup_steps=0,
@@ -195,7 +220,7 @@ def _relearned(
         for row in read_lines(folder / training.HISTORY)
         if "forgotten" in row
     }
-    recalls = [1 - value for value in read_json(folder / LAST_LOOK)["scores"]["forgotten"]]
+    recalls = [1 - value for value in read_json(max((folder / "looks").iterdir()))["forgotten"]]
     return read_json(write_json({"steps": steps, "scores": recalls}, kept))
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cluster.config import Generation, Train
+from cluster.errors import UserError
 from cluster.generation import Generator, Sampling, open_engine
 from cluster.models import load_model, load_tokenizer, save_directory
 from cluster.training import prepare_worker
@@ -126,11 +127,16 @@ def quantise(model: "PreTrainedModel", bits: int) -> "PreTrainedModel":
 
     8 bits: a scale an output channel; 4 bits: a scale for each 64 weights of a channel (round to nearest, absolute
     maximum, symmetric: the plain form that GPTQ and AWQ are measured against).
+
+    Raises:
+        UserError: a model of other layers, as GPT-2's.
     """
     head = model.get_output_embeddings()
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not head:
-            layer.weight.data = rounded(layer.weight.data, bits, GROUP if bits < 8 else None)
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
+    if not layers:
+        raise UserError("the model has no torch.nn.Linear layers that could be quantised; set rule.attack.bits=[]")
+    for layer in layers:
+        layer.weight.data = rounded(layer.weight.data, bits, GROUP if bits < 8 else None)
     return model
 
 

@@ -207,15 +207,15 @@ def data_digest(data: RuleData) -> str:
 
 
 @contextmanager
-def exclusively(folder: Path):
-    """No two drivers in one folder."""
+def exclusively(folder: Path, wait_s: float = 0):
+    """No two drivers in one folder; the other one has `wait_s` seconds to leave."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     with paths_named():
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=wait_s)
         except Timeout:
             raise UserError(f"another job is working in {folder}; wait for it, or take another --out") from None
     try:

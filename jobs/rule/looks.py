@@ -1,7 +1,6 @@
 """A training's looks at what its model still knows, as Ray Train runs them on every worker."""
 
 from collections.abc import Callable
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
@@ -10,7 +9,7 @@ from cluster import training
 from cluster.generation import Generator
 from cluster.report import write_json
 from jobs.rule.probes import ask
-from jobs.rule.trace import LAST_LOOK, Trace, scores
+from jobs.rule.trace import Trace, look_file, scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 class Looks(TrainerCallback):
     """Asks the model in training, the probes dealt to the ranks.
 
-    The means go to the recorder and to Ray Train, the scores of the last look stand in the run's folder. `engine` gives
-    the engine with the model's present weights; `done` is called when the answers are there.
+    The means go to the recorder and to Ray Train, the scores of each look into the run's folder. `engine` gives the
+    engine with the model's present weights; `done` is called when the answers are there.
     """
 
     def __init__(
@@ -48,13 +47,17 @@ class Looks(TrainerCallback):
         import ray.train
 
         self.last = step
-        mine = self.trace.probes[training.rank() :: training.world_size()]
-        answers = ask(self.engine(), self.tokenizer, mine, self.trace.settings, self.trace.stop) if mine else []
+        probes, world = self.trace.probes, training.world_size()
+        mine = probes[training.rank() :: world]
+        engine = self.engine()  # by every rank, also one without a probe: bringing in the weights may take all
+        answers = ask(engine, self.tokenizer, mine, self.trace.settings, self.trace.stop) if mine else []
         self.done()
-        parts = training.gathered(scores(answers))
-        found = {axis: list(chain.from_iterable(part[axis] for part in parts)) for axis in parts[0]}
+        recalls = [0.0] * len(probes)
+        for rank, part in enumerate(training.gathered([answer.rouge_l_recall for answer in answers])):
+            recalls[rank::world] = part
+        found = scores(probes, recalls)
         means = {axis: sum(values) / len(values) for axis, values in found.items()}
         self.recorder.record(step, means)
         if training.rank() == 0:
-            write_json({"step": step, "scores": found}, self.recorder.folder / LAST_LOOK)
+            write_json(found, look_file(self.recorder.folder, step))
         ray.train.report({"step": step} | means)

@@ -51,14 +51,15 @@ def plan_rows(groups: Sequence[Group], tokens_per_row: int) -> list[list[Group]]
     """Groups dealt to rows of at most `tokens_per_row` tokens (one group at least), largest first, first fit."""
     rows: list[list[Group]] = []
     room: list[int] = []
-    for group in sorted(groups, key=lambda g: (-_size(g), g.first)):
-        fitting = next((i for i, free in enumerate(room) if free >= _size(group)), None)
+    sized = [(_size(group), group) for group in groups]
+    for size, group in sorted(sized, key=lambda pair: (-pair[0], pair[1].first)):
+        fitting = next((i for i, free in enumerate(room) if free >= size), None)
         if fitting is None:
             rows.append([])
             room.append(tokens_per_row)
             fitting = len(rows) - 1
         rows[fitting].append(group)
-        room[fitting] -= _size(group)
+        room[fitting] -= size
     return rows
 
 
@@ -190,5 +191,9 @@ def can_share(config: object) -> bool:
 
 
 def _size(group: Group) -> int:
-    completed = {tuple(tokens[:end]) for tokens in group.completions for end in range(1, len(tokens))}
-    return len(group.prompt) + len(completed)
+    children: dict[tuple[int, int], int] = {}
+    for completion in group.completions:
+        node = 0
+        for token in completion[:-1]:
+            node = children.setdefault((node, token), len(children) + 1)
+    return len(group.prompt) + len(children)

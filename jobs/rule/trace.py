@@ -5,6 +5,7 @@ Comparisons draw the path (RULE, trade-off figure), and searches end a trial ear
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AXES = ("forgotten", "retained")
-LAST_LOOK = "last_look.json"
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,14 @@ def known_probes(original: Sequence[Answer], threshold: float, limit: int | None
     return tuple(chosen)
 
 
-def scores(answers: Sequence[Answer]) -> dict[str, list[float]]:
-    """1 - recall of each forget probe, recall of each other one; 0 to 1, more is better."""
-    forgotten = [1 - answer.rouge_l_recall for answer in answers if answer.probe.kind in FORGET_KINDS]
-    retained = [answer.rouge_l_recall for answer in answers if answer.probe.kind in RETAINED_KINDS]
+def scores(probes: Sequence[Probe], recalls: Sequence[float]) -> dict[str, list[float]]:
+    """1 - recall of each forget probe, recall of each other one, in their order; 0 to 1, more is better."""
+    pairs = list(zip(probes, recalls, strict=True))
+    forgotten = [1 - recall for probe, recall in pairs if probe.kind in FORGET_KINDS]
+    retained = [recall for probe, recall in pairs if probe.kind in RETAINED_KINDS]
     return dict(zip(AXES, (forgotten, retained), strict=True))
+
+
+def look_file(folder: Path, step: int) -> Path:
+    """Where a run keeps the scores of the look after `step`."""
+    return folder / "looks" / f"{step:06d}.json"

@@ -1,5 +1,6 @@
 """One trial of a search: an ordinary training of RULE that is looked at on the way, without the report of a run."""
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -7,15 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster import session
+from cluster.errors import JobFailure, UserError
 from cluster.report import Metric, read_json
 from cluster.tracking import Tracker
 from jobs.rule import job, stages
 from jobs.rule.config import RuleConfig
-from jobs.rule.trace import LAST_LOOK, trace_of
+from jobs.rule.trace import look_file, trace_of
 from jobs.scoring.intervals import mean_interval
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
+
+logger = logging.getLogger(__name__)
+LOCK_WAIT_S = 60  # the process of a trial outlives a killed driver by seconds
 
 
 def trial(
@@ -34,10 +39,11 @@ def trial(
     """
     run = job.prepare(config, folder, "")
     stages.check(run)
-    job.claim(run, fresh=False)
     run.shared, run.callbacks = shared, callbacks
-    with job.exclusively(run.folder), session.connected(config), job.tracked(run, "rule-trial", parent) as tracker:
-        return _trained(run, tracker)
+    with job.exclusively(run.folder, LOCK_WAIT_S):
+        job.claim(run, fresh=False)
+        with session.connected(config), job.tracked(run, "rule-trial", parent) as tracker:
+            return _trained(run, tracker)
 
 
 def _trained(run: job.Run, tracker: Tracker) -> dict[str, float]:
@@ -46,24 +52,28 @@ def _trained(run: job.Run, tracker: Tracker) -> dict[str, float]:
         run.trace = trace_of(run.config.rule, original.answers)
         for _ in stages.unlearning(run, tracker):
             pass
-        last = read_json(run.folder / LAST_LOOK)
-        means = {axis: sum(values) / len(values) for axis, values in last["scores"].items()}
-        run.save(look={"step": last["step"]} | means)
+        last = max((run.folder / "looks").iterdir())
+        means = {axis: sum(values) / len(values) for axis, values in read_json(last).items()}
+        run.save(look={"step": int(last.stem)} | means)
     return run.state["look"]
 
 
-def intervals(folder: Path, seed: int) -> dict[str, Metric]:
-    """The last look of a trial's folder, each axis with its interval; empty before the first."""
-    last = read_json(folder / LAST_LOOK)
-    return {axis: mean_interval(values, seed) for axis, values in last["scores"].items()} if last else {}
+def intervals(folder: Path, step: int, seed: int) -> dict[str, Metric]:
+    """A look of a trial's folder, each axis with its interval; empty where there is none."""
+    found = read_json(look_file(folder, step))
+    return {axis: mean_interval(values, seed) for axis, values in found.items()} if found else {}
 
 
 def stopped(folder: Path, failed: bool) -> None:
-    """Marks the MLflow run of a trial that was ended from outside."""
-    state = read_json(folder / "state.json")
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or (state or {}).get("tracking_uri")
-    if state and "mlflow_run_id" in state:
+    """Marks the MLflow run of a trial that was ended from outside; a store that does not answer is only warned of."""
+    state = read_json(folder / "state.json") or {}
+    if "mlflow_run_id" not in state:
+        return
+    try:
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or state["tracking_uri"]
         Tracker.attach(uri, state["mlflow_run_id"]).end("FAILED" if failed else "KILLED")
+    except (UserError, JobFailure) as error:
+        logger.warning("the end of %s is not tracked: %s", folder, error)
 
 
 def clear(folder: Path) -> None:

@@ -70,6 +70,7 @@ FURTHER_SETTINGS = {
     "rule.baseline.batch_size": 4,
     "rule.baseline.epochs": 4,
     "rule.attack.relearn_learning_rate": 1e-3,
+    "rule.attack.relearn_answers": 2,
     "tune.rule.grace_steps": 2,
     "tune.rule.space": {
         "rule.rebo.learning_rate": {"log_uniform": [3e-5, 3e-3]},

@@ -13,6 +13,7 @@ SETTINGS = {
     "rule.attack.bits": "[4]",
     "rule.attack.samples": 4,
     "rule.attack.relearn_learning_rate": 1e-3,
+    "rule.attack.relearn_answers": 2,
     "rule.attack.relearn_steps": 8,
     "rule.attack.relearn_every": 2,
     "rule.trace.probes": 10,
@@ -50,7 +51,7 @@ def test_relearning_is_a_curve_and_leaves_no_weights(attacked):
     report = json.loads((storage / "all" / "report.json").read_text())
     for name, curve in report["relearning"].items():
         assert list(curve) == ["2", "4", "6", "8"], name
-        assert report["metrics"][name]["recall/relearning/8 answers"]["value"] == pytest.approx(curve["8"]["forget"])
+        assert report["metrics"][name]["recall/relearning/2 answers"]["value"] == pytest.approx(curve["8"]["forget"])
     assert not list((storage / "all").rglob("*.safetensors"))
     assert (storage / "all" / "plots" / "attacks.png").stat().st_size > 10_000
 

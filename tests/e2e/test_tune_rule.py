@@ -16,12 +16,12 @@ from tests.e2e import commands
 from tests.e2e.commands import alive, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-TRIALS = 6
+TRIALS = 4
 SPACE = {
     **dict.fromkeys(("rule.rebo.kl_coefficient", "rule.rebo.advantage", "rule.rebo.reward.rouge_threshold")),
     **dict.fromkeys(("rule.rebo.reward.target_bonus", "steering_epochs", "boundary")),
-    "rule.rebo.learning_rate": {"choice": [1e-5, 1e-3, 1e30]},
-    "rule.rebo.completions_per_prompt": {"choice": [4, 8]},
+    "rule.rebo.learning_rate": {"choice": [1e-8, 1e30]},  # too small to learn anything, and too large for any number
+    "rule.rebo.completions_per_prompt": {"choice": [2, 4]},
 }
 SETTINGS = {
     "rule.rebo.steps": 8,
@@ -98,11 +98,13 @@ def test_a_trial_that_diverges_is_recorded_and_ends_nothing(report):
 
 def test_what_falls_behind_is_ended_early(report):
     stopped = [trial for trial in report["trials"] if trial["state"] == "stopped"]
-    assert all(trial["looks"][-1]["step"] < 8 for trial in stopped)
+    assert stopped
+    assert all(trial["values"]["rule.rebo.learning_rate"] == 1e-8 for trial in stopped)
     assert report["trials"][0]["looks"][-1]["step"] == 8
-    assert report["steps"]["saved"] == pytest.approx(
-        1 - sum(t["looks"][-1]["step"] for t in report["trials"] if t["looks"]) / report["steps"]["planned"]
-    )
+    assert report["steps"]["saved"] > 0
+    for number, found in report["metrics"].items():
+        looks = report["trials"][int(number)]["looks"]
+        assert not found or found["forgotten"]["value"] == pytest.approx(looks[-1]["forgotten"])
 
 
 def test_the_best_configuration_is_a_file_that_a_run_takes(searched, report):
@@ -121,7 +123,7 @@ def test_trials_share_stage_one_and_leave_no_weights(searched):
     folder, _, _ = searched
     shared = [path.name.partition("-")[0] for path in (folder / "shared").iterdir() if path.suffix != ".lock"]
     assert sorted(shared) == ["answers", "steering"]
-    assert not list((folder / "trials").glob("*/*/*.safetensors"))
+    assert not list((folder / "trials").rglob("*.safetensors"))
     assert not (folder / "ray").exists()
 
 

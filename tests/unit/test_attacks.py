@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.config import load
 from cluster.errors import UserError
@@ -44,6 +45,8 @@ def test_the_head_and_the_embeddings_stay_as_they_are(tiny_model):
     for name, before in tiny_model.named_parameters():
         changed = not torch.equal(before, dict(model.named_parameters())[name])
         assert changed == ("proj" in name), name
+    with pytest.raises(UserError, match=r"no torch\.nn\.Linear layers"):
+        quantise(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)), 8)
 
 
 def test_rewordings_keep_the_question_and_differ_from_it():
@@ -76,8 +79,16 @@ def test_what_is_relearnt_is_not_asked():
     lessons, probes = split(answers(9), config)
     assert [(lesson.prompt, lesson.refusal) for lesson in lessons] == [("q0", "a0"), ("q3", "a3"), ("q6", "a6")]
     assert [probe.query for probe in probes] == ["q1", "q2", "q4", "q5", "q7", "q8"]
-    with pytest.raises(UserError, match=r"relearn_answers = 3 leaves 1 of 4 known"):
+    with pytest.raises(UserError, match=r"relearn_answers = 3 of the 4 different answers .* leave 1 probes"):
         split(answers(4), config)
+
+
+def test_another_question_for_a_relearnt_answer_is_not_asked_either():
+    config = load(RuleConfig, sets=["rule.attack.relearn_answers=1"], environ={})
+    twins = [Answer(Probe(f"twin {i}", f"A{i} ", KINDS[0], "", ""), "said", False, False, 1.0) for i in range(3)]
+    lessons, probes = split([*answers(3), *twins], config)
+    assert [lesson.prompt for lesson in lessons] == ["q0"]
+    assert [probe.query for probe in probes] == ["q1", "twin 1", "q2", "twin 2"]
 
 
 def test_models_by_name_and_from_a_comparison(tmp_path):
@@ -93,6 +104,7 @@ def test_models_by_name_and_from_a_comparison(tmp_path):
         ([], None, "attack needs models"),
         (["/models/x"], None, "--model /models/x is not of the form NAME=DIR"),
         (["a/b=/x"], None, "not of the form"),
+        (["..=/x"], None, "not of the form"),
         (["a=/x", "a=/y"], None, "--model a=/y: there is a model a already"),
         (["original=/x"], None, "there is a model original already"),
         ([], "absent", "absent holds no finished comparison"),

@@ -8,9 +8,10 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 
+from cluster.errors import UserError
 from tune import report
 from tune.config import Dimension, Search
-from tune.search import COMPLETE, FAILED, RUNNING, STOPPED, Halving, Keeper, Plan, Proposals, Record
+from tune.search import COMPLETE, FAILED, RUNNING, STOPPED, Halving, Keeper, Plan, Proposals, Record, recorded
 
 OBJECTIVES = ("forgotten", "retained")
 LOW, HIGH = {"x": 0.1, "y": "a"}, {"x": 0.9, "y": "b"}
@@ -49,7 +50,7 @@ def test_records_come_back_in_order(plan):
     for record in (Record(11, HIGH, STOPPED, looks(0.3), 2.0), Record(2, LOW), Record(0, {}, FAILED, message="why")):
         plan.plan.keep(record)
     (plan.plan.folder / "trials" / "000-failure.json").write_text("{}")
-    assert [vars(record) for record in plan.plan.records()] == [
+    assert [vars(record) for record in recorded(plan.plan.folder)] == [
         vars(Record(0, {}, FAILED, message="why")),
         vars(Record(2, LOW)),
         vars(Record(11, HIGH, STOPPED, looks(0.3), 2.0)),
@@ -71,6 +72,7 @@ def test_what_was_running_starts_again_under_its_number_and_what_ended_is_known(
     ended = [Record(0, {}, COMPLETE, looks(0.5)), Record(1, LOW, STOPPED, looks(0.4)), Record(2, HIGH, FAILED)]
     proposals = Proposals(plan.plan, ended, [Record(3, HIGH), Record(4, LOW)])
     assert [done.params for done in proposals._ot_study.trials] == [LOW]
+    assert proposals.next == 5
     assert proposals.suggest("a") == {"number": 3, "values": HIGH}
     assert proposals.suggest("b") == {"number": 4, "values": LOW}
     assert proposals.suggest("c")["number"] == 5
@@ -82,11 +84,14 @@ def test_a_search_that_goes_on_draws_something_new(plan):
     drawn = [first.suggest(str(index))["values"]["x"] for index in range(2)]
     later = Proposals(plan.plan, [Record(n, LOW | {"x": x}, STOPPED, looks(0.1)) for n, x in enumerate(drawn)], [])
     assert later.suggest("next")["values"]["x"] not in drawn
+    killed = Proposals(plan.plan, [], [Record(0, {}), *(Record(n + 1, LOW | {"x": x}) for n, x in enumerate(drawn))])
+    assert [killed.suggest(str(index))["number"] for index in range(3)] == [0, 1, 2]
+    assert killed.suggest("next")["values"]["x"] not in drawn
 
 
 def test_a_trial_behind_the_earlier_ones_is_ended_at_its_first_rung(plan):
     earlier = [Record(0, LOW, STOPPED, looks(0.8)), Record(1, LOW, STOPPED, looks(0.6))]
-    scheduler, slow, default = Halving(plan.plan, earlier), trial(2, HIGH), trial(3, {})
+    scheduler, slow, default = Halving(plan.plan, earlier, []), trial(2, HIGH), trial(3, {})
     for one in (slow, default):
         scheduler.on_trial_add(None, one)
     assert scheduler.on_trial_result(None, slow, told(1, 0.0)) == TrialScheduler.CONTINUE
@@ -94,18 +99,48 @@ def test_a_trial_behind_the_earlier_ones_is_ended_at_its_first_rung(plan):
     assert scheduler.on_trial_result(None, default, told(2, 0.0)) == TrialScheduler.CONTINUE
 
 
+def test_a_trial_at_its_last_step_ends_by_itself(plan):
+    scheduler, last = Halving(plan.plan, [Record(0, LOW, COMPLETE, looks(0.9, 0.9, 0.9, 0.9))], []), trial(1, HIGH)
+    scheduler.on_trial_add(None, last)
+    assert scheduler.on_trial_result(None, last, told(8, 0.1)) == TrialScheduler.CONTINUE
+
+
+def test_what_a_killed_driver_saw_of_a_trial_still_counts(plan):
+    waiting = Record(2, HIGH, looks=looks(0.9, 0.2), seconds=10.0)
+    scheduler, again, other = Halving(plan.plan, [], [waiting]), trial(2, HIGH), trial(3, LOW)
+    for one in (again, other):
+        scheduler.on_trial_add(None, one)
+    assert scheduler.on_trial_result(None, other, told(2, 0.3)) == TrialScheduler.STOP  # .9 x .5 stands at that rung
+    keeper = Keeper(plan.plan, [waiting])
+    keeper.on_trial_start(0, [], again)
+    keeper.on_trial_result(0, [], again, told(4, 0.7))
+    keeper.on_trial_result(0, [], again, told(6, 0.8))
+    [record] = recorded(plan.plan.folder)
+    assert [(look["step"], look["forgotten"]) for look in record.looks] == [(2, 0.9), (4, 0.2), (6, 0.8)]
+    assert record.seconds == 13.2
+
+
+@pytest.mark.parametrize("content", ["[]", '{"number": 1}', '{"number": 2, "values": {}}', '{"number": 1, "why": 2}'])
+def test_a_record_that_is_none_is_told(plan, content):
+    path = plan.plan.folder / "trials" / "001.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"001\.json is no record of a trial; move it"):
+        recorded(plan.plan.folder)
+
+
 def test_the_keeper_writes_what_happens(plan, capsys):
     keeper = Keeper(plan.plan)
     one, other = trial(0, {}), trial(1, HIGH)
     keeper.on_trial_start(0, [], one)
-    assert [record.state for record in plan.plan.records()] == [RUNNING]
+    assert [record.state for record in recorded(plan.plan.folder)] == [RUNNING]
     keeper.on_trial_result(0, [], one, told(2, 0.25))
     keeper.on_trial_result(0, [], one, told(2, 0.25))
     keeper.on_trial_complete(0, [], one)
     keeper.on_trial_start(0, [], other)
     (plan.plan.folder / "trials" / "001-failure.json").write_text('{"message": "it diverged"}')
     keeper.on_trial_error(0, [], other)
-    stopped, failed = plan.plan.records()
+    stopped, failed = recorded(plan.plan.folder)
     assert (stopped.state, stopped.last_step, len(stopped.looks), stopped.seconds) == (STOPPED, 2, 1, 3.2)
     assert (failed.state, failed.message, failed.last_step) == (FAILED, "it diverged", 0)
     assert plan.ended == [(0, STOPPED, "000"), (1, FAILED, "001")]
@@ -126,7 +161,7 @@ def test_a_trial_that_came_to_its_end_is_complete(plan, step, result):
     keeper.on_trial_result(0, [], one, told(step, 0.5))
     one.last_result = result
     keeper.on_trial_complete(0, [], one)
-    assert plan.plan.records()[0].state == COMPLETE
+    assert recorded(plan.plan.folder)[0].state == COMPLETE
 
 
 @pytest.fixture
@@ -149,8 +184,19 @@ def test_the_report_counts_what_was_looked_at(plan, records):
     assert sum(content["importance"].values()) == pytest.approx(1)
 
 
-def test_few_trials_tell_no_importance(plan, records):
+def test_few_trials_and_equal_ones_tell_no_importance(plan, records):
     assert report.summary(plan.plan, records[:3])["importance"] == {}
+    equal = [Record(n, {"x": n / 10, "y": "a"}, STOPPED, looks(0.3)) for n in range(1, 7)]
+    assert report.summary(plan.plan, equal)["importance"] == {}
+
+
+def test_points_are_compared_at_equal_steps(plan, records):
+    early = Record(8, LOW, STOPPED, [{"step": 2, "forgotten": 0.05, "retained": 1.0}])
+    running = Record(9, LOW, RUNNING, [{"step": 2, "forgotten": 1.0, "retained": 1.0}])
+    content = report.summary(plan.plan, [*records, early, running])
+    assert content["front"] == [6]
+    nothing = report.summary(plan.plan, [early, running])
+    assert (nothing["best"], nothing["front"], nothing["hypervolume"]["all"]) == (None, [], 0)
 
 
 def test_table_and_figure_show_every_trial(plan, records):
@@ -165,5 +211,7 @@ def test_table_and_figure_show_every_trial(plan, records):
     assert "front, best" in text
     scatter, volume, bars = report.figure(content).axes
     assert len(scatter.texts) == 7
+    running = content | {"trials": [*content["trials"], vars(Record(9, LOW, RUNNING, looks(0.1)))]}
+    assert len(report.figure(running).axes[0].texts) == 7
     assert len(bars.patches) == 2
     assert volume.get_ylim()[0] == 0

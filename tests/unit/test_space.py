@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from pydantic import ValidationError
 
+from cluster import cli
 from cluster.config import load
 from cluster.errors import UserError
 from tune.config import Dimension, Search
-from tune.rule import SearchConfig, settled, usable
+from tune.rule import SearchConfig, app, settled, usable
 from tune.space import corners, distributions, keys_of, present, require_usable
 
 SPACE = {
@@ -45,7 +48,9 @@ def test_what_a_trial_sets():
 def test_every_choice_and_both_ends_are_looked_at():
     assert [words for words, _ in corners(SPACE)] == [
         *("rule.rebo.learning_rate = 1e-06", "rule.rebo.learning_rate = 0.0001"),
+        f"rule.rebo.learning_rate = {1e-6 + (1e-4 - 1e-6) / math.pi}",
         *("rule.rebo.reward.target_bonus = 0.0", "rule.rebo.reward.target_bonus = 0.5"),
+        f"rule.rebo.reward.target_bonus = {0.5 / math.pi}",
         *("rule.rebo.advantage = grpo", "rule.rebo.advantage = rloo", "start = no", "start = yes"),
     ]
 
@@ -87,6 +92,7 @@ def test_two_names_for_one_key():
             r"space: rule\.rebo\.stepz = 1: unknown key.*rule\.rebo\.steps",
         ),
         ("{rule.rebo.kl_coefficient: {uniform: [-1, 1]}}", r"kl_coefficient = -1\.0.*greater than or equal to 0"),
+        ("{rule.rebo.completions_per_prompt: {uniform: [4, 16]}}", r"completions_per_prompt = 7\.8.*valid integer"),
         ("{rule.rebo.advantage: {choice: [grpo, ppo]}}", r"rule\.rebo\.advantage = ppo.*'grpo', 'rloo'"),
         (
             "{boundary: {settings: {all: {rule.boundary.kind: far}}}}",
@@ -102,7 +108,13 @@ def test_what_no_run_would_take_is_refused_with_its_name(space, told):
         usable(settled(config)[0], {name: config.tune.rule.space[name]})
 
 
-@pytest.mark.parametrize("key", ["rule.rebo.steps", "rule.data", "train.num_workers", "generation.engine"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("rule.rebo.steps", "rule.data", "train.num_workers", "generation.engine", "rule.trace.every", "rule.method"),
+        *("rule.evaluation.known_threshold", "rule.rebo", "rule.rebo.reward"),
+    ],
+)
 def test_what_makes_trials_incomparable_is_refused(key):
     with pytest.raises(UserError, match="cannot be searched"):
         settled(configured(f"{{{key}: {{choice: [1]}}}}"))
@@ -114,3 +126,33 @@ def test_a_trial_is_looked_at_about_a_dozen_times():
     config = load(SearchConfig, "laptop", sets=["rule.trace.every=2"], environ={})
     assert settled(config)[0].rule.trace.every == 2
     assert Search().trials == 24
+
+
+def test_only_rule_has_a_stage_to_search():
+    with pytest.raises(UserError, match=r"rule\.method = NPO has no stage 2 to search"):
+        settled(load(SearchConfig, "laptop", sets=["rule.method=NPO"], environ={}))
+
+
+def test_paths_are_absolute_and_no_tracking_address_is_left_in_a_trial(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    config = load(SearchConfig, "laptop", sets=["rule.data=mine", "tracking.uri=http://user:word@host"], environ={})
+    base = settled(config)[0]
+    assert (base.rule.data, base.rule.model) == (str(tmp_path / "mine"), "embedded:smollm2-135m")
+    assert base.cluster.storage == str(tmp_path / "results")
+    assert base.tracking.uri is None
+
+
+def test_a_name_with_a_slash_is_refused():
+    with pytest.raises(UserError, match=r"tune\.rule\.space"):
+        configured("{a/b: {choice: [1]}}")
+
+
+def test_what_may_change_on_resume(tmp_path, capsys):
+    (tmp_path / "search.yaml").write_text("rule: {seed: 1}\n")
+    for assignment in ("tune.rule.space={}", "rule.seed=2"):
+        assert cli.main(app, ["--resume", str(tmp_path), "--set", assignment]) == 2
+        assert f"--resume with --set {assignment}: a search goes on as it was" in capsys.readouterr().err
+    assert cli.main(app, ["--resume", str(tmp_path / "none")]) == 2
+    assert "holds no search" in capsys.readouterr().err
+    assert cli.main(app, ["--resume", str(tmp_path), "--fresh"]) == 2

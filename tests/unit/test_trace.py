@@ -56,10 +56,8 @@ def test_nobody_looks_unless_asked_to():
 
 
 def test_scores_by_axis():
-    assert scores([answer("forget_aa", 0.25), answer("general", 0.5), answer("neighbor_fb", 1.0)]) == {
-        "forgotten": [0.75],
-        "retained": [0.5, 1.0],
-    }
+    probes = [answer(kind, 0).probe for kind in ("forget_aa", "general", "neighbor_fb")]
+    assert scores(probes, [0.25, 0.5, 1.0]) == {"forgotten": [0.75], "retained": [0.5, 1.0]}
 
 
 class Half:
@@ -94,5 +92,25 @@ def test_every_few_steps_and_after_the_last(looked, last, steps):
     assert looked.recorded == [(step, half) for step in steps]
     assert looked.reported == [{"step": step} | half for step in steps]
     assert len(looked.freed) == len(steps)
-    kept = json.loads((looked.folder / "last_look.json").read_text())
-    assert kept == {"step": last, "scores": {"forgotten": [0.5, 0.5], "retained": [0.5, 0.5]}}
+    assert sorted(path.name for path in (looked.folder / "looks").iterdir()) == [f"{step:06d}.json" for step in steps]
+    kept = json.loads((looked.folder / "looks" / f"{last:06d}.json").read_text())
+    assert kept == {"forgotten": [0.5, 0.5], "retained": [0.5, 0.5]}
+
+
+def test_ranks_share_the_probes_and_their_scores_keep_the_order(looked, monkeypatch):
+    class ByRank:
+        def generate(self, prompts, sampling):
+            said = {0: "a b c d", 1: "a"}[rank]
+            return [[Completion([1], said, "stop")] for _ in prompts]
+
+    gathered = []
+    looked.looks.engine = ByRank
+    monkeypatch.setattr("cluster.training.world_size", lambda: 2)
+    monkeypatch.setattr("cluster.training.rank", lambda: rank)
+    for rank in (1, 0):
+        monkeypatch.setattr("cluster.training.gathered", lambda part: (gathered.append(part), gathered[::-1])[1])
+        if rank == 1:
+            monkeypatch.setattr("cluster.training.gathered", lambda part: (gathered.append(part), [[0, 0], part])[1])
+        looked.looks._look(2)
+    kept = json.loads((looked.folder / "looks" / "000002.json").read_text())
+    assert kept == {"forgotten": [0.0, 0.75], "retained": [1.0, 0.25]}
