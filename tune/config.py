@@ -1,5 +1,6 @@
 """The dials of a search, and the space that it searches."""
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
@@ -7,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from cluster.config import Section
 
 MOST = 100_000  # trials, or what else is counted here
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 Plain = bool | int | float | str | None
 
 
@@ -14,6 +16,11 @@ def _rises(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] >= ends[1]:
         raise ValueError(f"the range [{ends[0]:g}, {ends[1]:g}] is empty; write the lower end first")
     return ends
+
+
+def _numbers(choices: list[Plain]) -> list[Plain]:
+    """YAML reads 1e-6, without a dot, as text."""
+    return [float(one) if isinstance(one, str) and NUMBER.fullmatch(one) else one for one in choices]
 
 
 Range = Annotated[tuple[float, float], AfterValidator(_rises)]
@@ -26,7 +33,7 @@ class Dimension(Section):
     together, under a name that need not be a key.
     """
 
-    choice: list[Plain] | None = Field(default=None, min_length=1)
+    choice: Annotated[list[Plain], AfterValidator(_numbers)] | None = Field(default=None, min_length=1)
     uniform: Range | None = None
     log_uniform: Range | None = None
     settings: dict[str, dict[str, Any]] | None = Field(default=None, min_length=1)

@@ -103,7 +103,8 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     scatter, volume, bars = drawn.subplots(1, 3, width_ratios=(1.3, 1, 1))
     _scatter(scatter, content)
     heights = content["hypervolume"]["by_trial"]
-    volume.step(range(1, len(heights) + 1), heights, where="post", color=FRONT_COLOUR)
+    volume.step(range(1, len(heights) + 1), heights, where="post", color=FRONT_COLOUR, marker="o", markersize=4)
+    volume.set_xticks(range(1, len(heights) + 1, max(1, len(heights) // 10)))
     volume.axhline(content["hypervolume"]["configuration_as_it_is"], color="#777777", linestyle="--", linewidth=1)
     volume.set_xlabel("complete trials")
     volume.set_ylabel("hypervolume (dashed: the configuration as it is)")
@@ -111,6 +112,10 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     shares = list(content["importance"].items())[::-1]
     bars.barh([name.removeprefix("rule.") for name, _ in shares], [share for _, share in shares], color="#1F77B4")
     bars.set_xlabel("importance (share of variance)")
+    bars.set_xlim(0, 1.03)
+    if not shares:
+        bars.set_yticks([])
+        bars.text(0.5, 0.5, "too few trials, or all alike", transform=bars.transAxes, ha="center", color="#777777")
     for axes in (scatter, volume, bars):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#DDDDDD", linewidth=0.8)

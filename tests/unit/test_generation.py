@@ -146,11 +146,13 @@ def test_a_half_precision_engine_follows_its_policy(tiny_model, tiny_tokenizer, 
     assert {buffer.dtype for buffer in engine.model.buffers() if buffer.is_floating_point()} == {torch.float32}
 
 
-def test_logits_that_are_no_numbers_are_told():
-    logits = torch.zeros(3, 10)
-    logits[1, 4] = float("nan")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_logits_that_are_no_numbers_are_told(temperature, value):
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    logits[1, 4] = float(value)
     with pytest.raises(JobFailure, match="lower the learning rate"):
-        draw(logits, 1.0, 1.0, torch.Generator())
+        draw(logits, temperature, 1.0, torch.Generator().manual_seed(0))
 
 
 def test_an_end_token_closes_a_completion_and_is_not_in_its_text(make_engine, prompts):

@@ -72,6 +72,14 @@ def test_a_dimension_that_is_none(given, told):
         Dimension(**given)
 
 
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    space = configured(
+        "{rule.rebo.learning_rate: {choice: [1e-6, 2.e-5, 3.0e-4, 1e+1]}, x: {choice: [e1, 1e]}}"
+    ).tune.rule.space
+    assert space["rule.rebo.learning_rate"].choice == [1e-6, 2e-5, 3e-4, 10.0]
+    assert space["x"].choice == ["e1", "1e"]
+
+
 def test_null_takes_a_name_out():
     assert list(present({"a": None, "b": Dimension(choice=[1])}, "here")) == ["b"]
     with pytest.raises(UserError, match="here is empty"):
