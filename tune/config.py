@@ -53,10 +53,11 @@ class Dimension(Section):
 
 
 class Search(Section):
-    """One search. Its objectives are both maximised; trials that fall behind at equal steps are ended early (ASHA)."""
+    """One search. Its objectives are all maximised; trials that fall behind at equal steps are ended early (ASHA)."""
 
     trials: int = Field(default=24, ge=1, le=MOST)
     max_concurrent: int | None = Field(default=None, ge=1, le=MOST)
+    naturalness: bool = False
     seed: int = Field(default=0, ge=0, lt=2**32)
     grace_steps: int = Field(default=4, ge=1, le=MOST)
     reduction_factor: float = Field(default=2, gt=1)

@@ -159,6 +159,8 @@ def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
     for name in ("model", "data"):
         place = Path(getattr(config.rule, name)).expanduser()
         keys |= {f"rule.{name}": str(place.resolve())} if place.exists() else {}
+    if config.tune.rule.naturalness:
+        keys["rule.trace.naturalness"] = True
     if base.rule.trace.every is None:
         keys["rule.trace.every"] = max(1, base.rule.rebo.steps // LOOKS)
     space = present(config.tune.rule.space, PLACE)
@@ -206,7 +208,7 @@ def planned(
     import ray
 
     from jobs.rule import stages
-    from jobs.rule.trace import AXES
+    from jobs.rule.trace import AXES, NATURALNESS
     from tune.search import Plan
 
     slots = stages.slots(shapes, ray.cluster_resources())
@@ -225,7 +227,7 @@ def planned(
         folder=own.folder,
         settings=config.tune.rule,
         space=space,
-        objectives=AXES,
+        objectives=(*AXES, NATURALNESS) if base.rule.trace.naturalness else AXES,
         max_steps=base.rule.rebo.steps * base.rule.rebo.updates_per_rollout,
         slots=wanted or slots,
         run=partial(_run_trial, base, space, own.folder / "shared", parent),

@@ -143,6 +143,7 @@ class TraceSettings(Section):
 
     every: int | None = Field(default=None, ge=1, le=MOST)
     probes: int | None = Field(default=None, ge=1, le=MOST)
+    naturalness: bool = False
 
 
 class Rule(Section):

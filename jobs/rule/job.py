@@ -101,7 +101,7 @@ def main(
         return finished
     with exclusively(run.folder), session.connected(config), tracked(run, "rule") as tracker:
         examined = {"original": evaluated(run, "original", run.source.path)}
-        run.trace = trace_of(config.rule, examined["original"].answers)
+        run.trace = trace_of(config.rule, examined["original"].answers, run.source.path, run.data.target)
         for stage, model in stages.unlearning(run, tracker):
             examined[stage] = evaluated(run, stage, model)
         return conclude(run, tracker, examined, model)

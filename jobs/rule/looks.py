@@ -1,18 +1,21 @@
 """A training's looks at what its model still knows, as Ray Train runs them on every worker."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import TrainerCallback
 
 from cluster import training
 from cluster.generation import Generator
+from cluster.models import load_model
 from cluster.report import write_json
-from jobs.rule.probes import ask
+from jobs.rule.data import FORGET_KINDS
+from jobs.rule.probes import Answer, ask, probe_ids
 from jobs.rule.trace import Trace, look_file, scores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
+    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 
 class Looks(TrainerCallback):
@@ -33,17 +36,21 @@ class Looks(TrainerCallback):
         self.trace, self.tokenizer, self.recorder, self.engine, self.done = trace, tokenizer, recorder, engine, done
         self.last = 0
 
-    def on_step_end(self, args: object, state: "TrainerState", control: "TrainerControl", **_: object) -> None:
+    def on_step_end(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: object
+    ) -> None:
         """Told by the trainer."""
         if state.global_step % self.trace.every == 0:
-            self._look(state.global_step)
+            self._look(state.global_step, args.device)
 
-    def on_train_end(self, args: object, state: "TrainerState", control: "TrainerControl", **_: object) -> None:
+    def on_train_end(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: object
+    ) -> None:
         """Told by the trainer, also where a stage ends before its last step."""
         if state.global_step != self.last:
-            self._look(state.global_step)
+            self._look(state.global_step, args.device)
 
-    def _look(self, step: int) -> None:
+    def _look(self, step: int, device: torch.device) -> None:
         import ray.train
 
         self.last = step
@@ -52,12 +59,35 @@ class Looks(TrainerCallback):
         engine = self.engine()  # by every rank, also one without a probe: bringing in the weights may take all
         answers = ask(engine, self.tokenizer, mine, self.trace.settings, self.trace.stop) if mine else []
         self.done()
-        recalls = [0.0] * len(probes)
-        for rank, part in enumerate(training.gathered([answer.rouge_l_recall for answer in answers])):
-            recalls[rank::world] = part
-        found = scores(probes, recalls)
+        mine_scored = list(zip([a.rouge_l_recall for a in answers], self._natural(answers, device), strict=True))
+        scored = [(0.0, 0.0)] * len(probes)
+        for rank, part in enumerate(training.gathered(mine_scored)):
+            scored[rank::world] = part
+        recalls, natural = zip(*scored, strict=True)
+        found = scores(probes, recalls, natural if self.trace.original is not None else None)
         means = {axis: sum(values) / len(values) for axis, values in found.items()}
         self.recorder.record(step, means)
         if training.rank() == 0:
             write_json(found, look_file(self.recorder.folder, step))
         ray.train.report({"step": step} | means)
+
+    def _natural(self, answers: Sequence[Answer], device: torch.device) -> list[float]:
+        """Naturalness of each answer, 0 to 1; 0 where it is not asked for, and of all but forget ones."""
+        from jobs.rule.naturalness import Answered, dictionary_of, naturalness, perplexities
+
+        found = [0.0] * len(answers)
+        chosen = [index for index, answer in enumerate(answers) if answer.probe.kind in FORGET_KINDS]
+        if self.trace.original is None or not chosen:
+            return found
+        original = load_model(self.trace.original, "bfloat16" if device.type == "cuda" else "float32").to(device)
+        settings = self.trace.settings
+        prompts = [probe_ids(self.tokenizer, answers[i].probe, settings.prompt_form) for i in chosen]
+        texts = [answers[i].completion for i in chosen]
+        fluency = perplexities(original, self.tokenizer, prompts, texts, settings.max_batch_tokens)
+        asked = [
+            Answered(answers[i].probe.query, answers[i].completion, self.trace.target, answers[i].probe.answer)
+            for i in chosen
+        ]
+        for index, score in zip(chosen, naturalness(asked, fluency, dictionary_of(self.tokenizer)), strict=True):
+            found[index] = score.all / 100
+        return found

@@ -17,16 +17,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AXES = ("forgotten", "retained")
+NATURALNESS = "naturalness"
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Which probes a training asks, and how often: after each `every` steps and after the last."""
+    """Which probes a training asks, and how often: after each `every` steps and after the last.
+
+    With `original`, the directory of the model before unlearning, naturalness is scored as well, of answers about
+    `target`.
+    """
 
     every: int
     probes: tuple[Probe, ...]
     settings: Evaluation
     stop: tuple[str, ...] = ()
+    original: Path | None = None
+    target: str = ""
 
     def longest(self, tokenizer: "PreTrainedTokenizerBase") -> int:
         """Tokens of the longest probe with its answer."""
@@ -35,16 +42,17 @@ class Trace:
         )
 
 
-def trace_of(rule: Rule, original: Sequence[Answer]) -> Trace | None:
-    """What `rule.trace` asks for, given the original's answers; None where it never looks.
+def trace_of(rule: Rule, answers: Sequence[Answer], original: Path, target: str) -> Trace | None:
+    """What `rule.trace` asks for, given the answers of the model in `original`; None where it never looks.
 
     Raises:
         UserError: the original answers no forget probe, or no retained one.
     """
     if rule.trace.every is None:
         return None
-    probes = known_probes(original, rule.evaluation.known_threshold, rule.trace.probes)
-    return Trace(rule.trace.every, probes, rule.evaluation, rule.stop)
+    probes = known_probes(answers, rule.evaluation.known_threshold, rule.trace.probes)
+    path = original if rule.trace.naturalness else None
+    return Trace(rule.trace.every, probes, rule.evaluation, rule.stop, path, target)
 
 
 def known_probes(original: Sequence[Answer], threshold: float, limit: int | None) -> tuple[Probe, ...]:
@@ -64,12 +72,17 @@ def known_probes(original: Sequence[Answer], threshold: float, limit: int | None
     return tuple(chosen)
 
 
-def scores(probes: Sequence[Probe], recalls: Sequence[float]) -> dict[str, list[float]]:
-    """1 - recall of each forget probe, recall of each other one, in their order; 0 to 1, more is better."""
-    pairs = list(zip(probes, recalls, strict=True))
-    forgotten = [1 - recall for probe, recall in pairs if probe.kind in FORGET_KINDS]
-    retained = [recall for probe, recall in pairs if probe.kind in RETAINED_KINDS]
-    return dict(zip(AXES, (forgotten, retained), strict=True))
+def scores(
+    probes: Sequence[Probe], recalls: Sequence[float], natural: Sequence[float] | None = None
+) -> dict[str, list[float]]:
+    """1 - recall of each forget probe, recall of each other one, in their order; 0 to 1, more is better.
+
+    `natural`, from 0 to 1 for each probe, adds that of forget probes.
+    """
+    forget = [index for index, probe in enumerate(probes) if probe.kind in FORGET_KINDS]
+    retained = [recall for probe, recall in zip(probes, recalls, strict=True) if probe.kind in RETAINED_KINDS]
+    found = dict(zip(AXES, ([1 - recalls[index] for index in forget], retained), strict=True))
+    return found if natural is None else found | {NATURALNESS: [natural[index] for index in forget]}
 
 
 def look_file(folder: Path, step: int) -> Path:

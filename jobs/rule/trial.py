@@ -49,7 +49,7 @@ def trial(
 def _trained(run: job.Run, tracker: Tracker) -> dict[str, float]:
     if "look" not in run.state:
         original = job.evaluated(run, "original", run.source.path)
-        run.trace = trace_of(run.config.rule, original.answers)
+        run.trace = trace_of(run.config.rule, original.answers, run.source.path, run.data.target)
         for _ in stages.unlearning(run, tracker):
             pass
         last = max((run.folder / "looks").iterdir())

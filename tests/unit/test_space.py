@@ -133,6 +133,8 @@ def test_a_trial_is_looked_at_about_a_dozen_times():
     assert settled(config)[0].rule.trace.every == 5
     config = load(SearchConfig, "laptop", sets=["rule.trace.every=2"], environ={})
     assert settled(config)[0].rule.trace.every == 2
+    config = load(SearchConfig, "laptop", sets=["tune.rule.naturalness=true"], environ={})
+    assert settled(config)[0].rule.trace.naturalness
     assert Search().trials == 24
 
 

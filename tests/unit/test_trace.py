@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray.train
+import torch
 from transformers import TrainerControl, TrainerState
 
 from cluster.config import load
@@ -16,7 +19,8 @@ from cluster.generation import Completion
 from jobs.rule.config import Evaluation, RuleConfig
 from jobs.rule.data import Probe
 from jobs.rule.looks import Looks
-from jobs.rule.probes import Answer
+from jobs.rule.naturalness import Answered, dictionary_of, naturalness, perplexities
+from jobs.rule.probes import Answer, probe_ids
 from jobs.rule.trace import Trace, known_probes, scores, trace_of
 
 
@@ -49,15 +53,21 @@ def test_a_side_that_nothing_is_known_of():
 
 
 def test_nobody_looks_unless_asked_to():
-    assert trace_of(load(RuleConfig, environ={}).rule, ORIGINAL) is None
+    assert trace_of(load(RuleConfig, environ={}).rule, ORIGINAL, Path("original"), "Ann Lee") is None
     rule = load(RuleConfig, sets=["rule.trace.every=3", "rule.trace.probes=2"], environ={}).rule
-    trace = trace_of(rule, ORIGINAL)
-    assert (trace.every, len(trace.probes), trace.settings) == (3, 4, rule.evaluation)
+    trace = trace_of(rule, ORIGINAL, Path("original"), "Ann Lee")
+    assert (trace.every, len(trace.probes), trace.settings, trace.original) == (3, 4, rule.evaluation, None)
+    rule = load(RuleConfig, sets=["rule.trace.every=3", "rule.trace.naturalness=true"], environ={}).rule
+    assert trace_of(rule, ORIGINAL, Path("original"), "Ann Lee").original == Path("original")
 
 
 def test_scores_by_axis():
     probes = [answer(kind, 0).probe for kind in ("forget_aa", "general", "neighbor_fb")]
     assert scores(probes, [0.25, 0.5, 1.0]) == {"forgotten": [0.75], "retained": [0.5, 1.0]}
+    assert scores(probes, [0.25, 0.5, 1.0], [0.4, 0, 0])["naturalness"] == [0.4]
+
+
+ARGUMENTS = SimpleNamespace(device=torch.device("cpu"))
 
 
 class Half:
@@ -70,8 +80,7 @@ class Half:
 @pytest.fixture
 def looked(tmp_path, tiny_tokenizer, monkeypatch):
     reported, recorded = [], []
-    monkeypatch.setitem(sys.modules, "ray.train", SimpleNamespace(report=reported.append))
-    monkeypatch.setattr(sys.modules["ray"], "train", sys.modules["ray.train"], raising=False)
+    monkeypatch.setattr(ray.train, "report", reported.append)
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     recorder = SimpleNamespace(folder=tmp_path, record=lambda step, figures: recorded.append((step, figures)))
@@ -86,8 +95,8 @@ def test_every_few_steps_and_after_the_last(looked, last, steps):
     state, control = TrainerState(), TrainerControl()
     for step in range(1, last + 1):
         state.global_step = step
-        looked.looks.on_step_end(None, state, control)
-    looked.looks.on_train_end(None, state, control)
+        looked.looks.on_step_end(ARGUMENTS, state, control)
+    looked.looks.on_train_end(ARGUMENTS, state, control)
     half = {"forgotten": 0.5, "retained": 0.5}
     assert looked.recorded == [(step, half) for step in steps]
     assert looked.reported == [{"step": step} | half for step in steps]
@@ -97,20 +106,38 @@ def test_every_few_steps_and_after_the_last(looked, last, steps):
     assert kept == {"forgotten": [0.5, 0.5], "retained": [0.5, 0.5]}
 
 
+def test_naturalness_is_that_of_the_evaluation(looked, tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "original")
+    looked.looks.tokenizer.save_pretrained(tmp_path / "original")
+    looked.looks.trace = replace(looked.looks.trace, original=tmp_path / "original", target="Ann Lee")
+    looked.looks._look(2, ARGUMENTS.device)
+    kept = json.loads((looked.folder / "looks" / "000002.json").read_text())
+    tokenizer = looked.looks.tokenizer
+    [first, _] = [probe for probe in looked.looks.trace.probes if probe.kind == "forget_qa"]
+    [perplexity] = perplexities(tiny_model, tokenizer, [probe_ids(tokenizer, first, "plain")], ["a b"], 512)
+    asked = Answered(first.query, "a b", "Ann Lee", first.answer)
+    [wanted] = naturalness([asked], [perplexity], dictionary_of(tokenizer))
+    assert kept["naturalness"][0] == pytest.approx(wanted.all / 100)
+    assert len(kept["naturalness"]) == 2
+    assert set(looked.reported[-1]) == {"step", "forgotten", "retained", "naturalness"}
+
+
 def test_ranks_share_the_probes_and_their_scores_keep_the_order(looked, monkeypatch):
+    def gathered(part):
+        parts[here.rank] = part
+        return [parts.get(0, part), parts[1]]
+
     class ByRank:
         def generate(self, prompts, sampling):
-            said = {0: "a b c d", 1: "a"}[rank]
+            said = {0: "a b c d", 1: "a"}[here.rank]
             return [[Completion([1], said, "stop")] for _ in prompts]
 
-    gathered = []
+    here, parts = SimpleNamespace(rank=0), {}
     looked.looks.engine = ByRank
     monkeypatch.setattr("cluster.training.world_size", lambda: 2)
-    monkeypatch.setattr("cluster.training.rank", lambda: rank)
-    for rank in (1, 0):
-        monkeypatch.setattr("cluster.training.gathered", lambda part: (gathered.append(part), gathered[::-1])[1])
-        if rank == 1:
-            monkeypatch.setattr("cluster.training.gathered", lambda part: (gathered.append(part), [[0, 0], part])[1])
-        looked.looks._look(2)
+    monkeypatch.setattr("cluster.training.rank", lambda: here.rank)
+    monkeypatch.setattr("cluster.training.gathered", gathered)
+    for here.rank in (1, 0):
+        looked.looks._look(2, ARGUMENTS.device)
     kept = json.loads((looked.folder / "looks" / "000002.json").read_text())
     assert kept == {"forgotten": [0.0, 0.75], "retained": [1.0, 0.25]}
