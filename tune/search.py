@@ -157,22 +157,26 @@ class Proposals(OptunaSearch):
                     )
                 )
         self.waiting = [(record.number, record.values) for record in waiting]
-        known = [record.number for record in (*ended, *waiting)]
-        self.next = max(known, default=0) + 1
-        if 0 not in known:
+        self.known = {record.number for record in (*ended, *waiting)}
+        self.next = max(self.known, default=0) + 1
+        if 0 not in self.known:
             self.waiting.insert(0, (0, {}))
         self.as_it_is: set[str] = set()
+        self.plan = plan
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial: {"number", "values"}."""
         if self.waiting:
             number, values = self.waiting.pop(0)
-            if not values:
-                self.as_it_is.add(trial_id)
-                return {"number": number, "values": {}}
-            self._ot_study.enqueue_trial(values)
+            if values:
+                self._ot_study.enqueue_trial(values)
         else:
-            number, self.next = self.next, self.next + 1
+            number, values, self.next = self.next, None, self.next + 1
+        if number not in self.known:  # a folder without a record is of a trial that someone took out
+            shutil.rmtree(self.plan.trial_folder(number), ignore_errors=True)
+        if values == {}:
+            self.as_it_is.add(trial_id)
+            return {"number": number, "values": {}}
         return {"number": number, "values": super().suggest(trial_id)}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
@@ -230,10 +234,7 @@ class Keeper(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
         """Told by Tune."""
         number = trial.config["number"]
-        record = self.waiting.pop(number, None)
-        if record is None:  # a folder without a record is of a trial that someone took out
-            shutil.rmtree(self.plan.trial_folder(number), ignore_errors=True)
-            record = Record(number, dict(trial.config["values"]))
+        record = self.waiting.pop(number, None) or Record(number, dict(trial.config["values"]))
         self.records[trial.trial_id] = record
         self.before[trial.trial_id] = record.seconds
         self.plan.keep(record)

@@ -73,9 +73,13 @@ def test_what_was_running_starts_again_under_its_number_and_what_ended_is_known(
     proposals = Proposals(plan.plan, ended, [Record(3, HIGH), Record(4, LOW)])
     assert [done.params for done in proposals._ot_study.trials] == [LOW]
     assert proposals.next == 5
+    stale, running = (plan.plan.trial_folder(number) for number in (5, 3))
+    for folder in (stale, running):
+        folder.mkdir(parents=True)
     assert proposals.suggest("a") == {"number": 3, "values": HIGH}
     assert proposals.suggest("b") == {"number": 4, "values": LOW}
     assert proposals.suggest("c")["number"] == 5
+    assert (stale.exists(), running.exists()) == (False, True)
 
 
 def test_a_search_that_goes_on_draws_something_new(plan):
