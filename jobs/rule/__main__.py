@@ -48,6 +48,10 @@ def compare(
     chosen: Annotated[
         str, typer.Option("--methods", help="Methods with commas between, each METHOD or METHOD@LEARNING_RATE.")
     ],
+    gold: Annotated[
+        Path | None,
+        typer.Option(help="Model directory that never saw what is to be forgotten, as a row."),
+    ] = None,
     profile: cli.Profile = None,
     config: cli.ConfigFile = None,
     sets: cli.Set = None,
@@ -58,7 +62,7 @@ def compare(
     loaded = load(RuleConfig, profile, config or [], sets or [])
     from jobs.rule import compare as comparison
 
-    print(comparison.compare(loaded, comparison.entries(chosen), out, fresh, _command()))
+    print(comparison.compare(loaded, comparison.entries(chosen), out, fresh, _command(), gold))
 
 
 @app.command()

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from cluster import session
+from cluster import models, session
 from cluster.config import ENVIRONMENT_PREFIX, STORAGE_VARIABLE
 from cluster.errors import JobFailure, UserError, paths_named
 from cluster.report import digest, machine, read_json, write_json
@@ -58,6 +58,9 @@ class Entry:
             settings = getattr(rule, part).model_copy(update={"learning_rate": self.learning_rate})
             rule = rule.model_copy(update={part: settings})
         return config.model_copy(update={"rule": rule})
+
+
+GOLD = Entry("gold")
 
 
 def entries(text: str) -> list[Entry]:
@@ -135,8 +138,17 @@ def _end_with_parent() -> None:
     _PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def compare(config: RuleConfig, chosen: Sequence[Entry], out: Path | None, fresh: bool, command: str) -> Path:
+def compare(
+    config: RuleConfig,
+    chosen: Sequence[Entry],
+    out: Path | None,
+    fresh: bool,
+    command: str,
+    gold: Path | None = None,
+) -> Path:
     """Runs what has no finished run yet, and writes the comparison; returns the path of its report.json.
+
+    `gold`, a model that never saw what was to be forgotten, is asked the same and gets a row of its own.
 
     Raises:
         UserError: what `jobs.rule.job.main` would refuse of any entry, before any starts.
@@ -148,6 +160,8 @@ def compare(config: RuleConfig, chosen: Sequence[Entry], out: Path | None, fresh
         for prepared in own.values():
             stages.check(prepared)
         identities = [[entry.name, prepared.state["identity"]] for entry, prepared in own.items()]
+        if gold is not None:
+            identities.append([GOLD.name, models.resolve(str(gold)).version])
         run = job.prepare(config, out, command, what=f"compare-{digest(identities)[:6]}")
         for entry, prepared in own.items():
             prepared.folder = run.folder / "runs" / slug(entry)
@@ -166,7 +180,7 @@ def compare(config: RuleConfig, chosen: Sequence[Entry], out: Path | None, fresh
         original = job.evaluated(run, "original", run.source.path)
         threshold = config.rule.evaluation.known_threshold
         tradeoff.require_known(original.answers, threshold)
-        failures = _train(run, own)
+        failures = _train(run, own) | (_ask_gold(run, gold) if gold is not None else {})
         finished = [entry for entry in chosen if entry.name not in failures]
         if not finished:
             raise JobFailure(f"no method finished; the first: {next(iter(failures.values()))}")
@@ -181,11 +195,14 @@ def compare(config: RuleConfig, chosen: Sequence[Entry], out: Path | None, fresh
             )
             for entry in finished
         ]
+        if gold is not None and GOLD.name not in failures:
+            nothing = dict.fromkeys(("forget", "retain"))
+            outcomes.append(tradeoff.outcome(GOLD.name, GOLD.method, _gold_folder(run), threshold, [], nothing))
         content = _content(run, own, failures) | tradeoff.summary(outcomes, config.rule.seed)
         content["mlflow"] = {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id}
-        for order, entry in enumerate(finished):
-            flat = {name: metric["value"] for name, metric in content["metrics"][entry.name].items()}
-            tracker.metrics(flat, step=0, stage=f"{order:02d}-{entry.name}".replace("@", "-"))
+        for order, one in enumerate(outcomes):
+            flat = {name: metric["value"] for name, metric in content["metrics"][one.name].items()}
+            tracker.metrics(flat, step=0, stage=f"{order:02d}-{one.name}".replace("@", "-"))
         plot = run.folder / "plots" / "tradeoff.png"
         plot.parent.mkdir(exist_ok=True)
         tradeoff.figure(content).savefig(plot, dpi=150)
@@ -204,6 +221,24 @@ def show(content: dict[str, Any]) -> None:
     console.print(tradeoff.table(content))
     for sentence in (*tradeoff.verdicts(content), *(f"{n} failed: {why}" for n, why in content["failures"].items())):
         console.print(sentence, soft_wrap=True, highlight=False)
+
+
+def _ask_gold(run: job.Run, gold: Path) -> dict[str, str]:
+    """Asks the gold model unless that is done; returns why it failed, if it did."""
+    import ray
+
+    folder, processes = _gold_folder(run), Processes()
+    config = _settings(GOLD, run, ray.get_runtime_context().gcs_address)
+    try:
+        why = _process(GOLD, config, folder, ["evaluate", "--model", str(gold.resolve())], run.config, processes)
+    except BaseException:
+        processes.end()
+        raise
+    return {} if why is None else {GOLD.name: why}
+
+
+def _gold_folder(run: job.Run) -> Path:
+    return run.folder / "runs" / slug(GOLD)
 
 
 def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
@@ -225,17 +260,28 @@ def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
 
 def _run(entry: Entry, own: job.Run, shared: Path, address: str, processes: Processes) -> str | None:
     """Trains and evaluates one entry unless that is done; returns what it said where it failed."""
-    if (own.folder / "report.json").exists():
+    arguments = ["run", "--shared", str(shared)]
+    return _process(entry, _settings(entry, own, address), own.folder, arguments, own.config, processes)
+
+
+def _process(
+    entry: Entry,
+    settings: Mapping[str, Any],
+    folder: Path,
+    arguments: Sequence[str],
+    config: RuleConfig,
+    processes: Processes,
+) -> str | None:
+    if (folder / "report.json").exists():
         print(f"[{entry.name}] is finished", flush=True)
         return None
-    settings, log_path = beside(own.folder, ".yaml"), beside(own.folder, ".log")
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(yaml.safe_dump(_settings(entry, own, address)), encoding="utf-8")
-    command = [sys.executable, "-m", "jobs.rule", "run", "--config", str(settings), "--out", str(own.folder)]
-    command += ["--shared", str(shared)]
+    file, log_path = beside(folder, ".yaml"), beside(folder, ".log")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
+    command = [sys.executable, "-m", "jobs.rule", *arguments, "--config", str(file), "--out", str(folder)]
     last = ""
     with log_path.open("w", encoding="utf-8") as log:
-        process = processes.start(command, _environment(own.config))
+        process = processes.start(command, _environment(config))
         for line in process.stdout:
             log.write(line)
             log.flush()

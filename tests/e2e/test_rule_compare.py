@@ -29,7 +29,8 @@ FAST = {
 def compared(world, tmp_path_factory):
     """The folder of a comparison whose driver was killed once, and how the second one ended."""
     storage = tmp_path_factory.mktemp("compare")
-    arguments = ("compare", "--methods", METHODS, *commands.settings(world, FAST), "--out", str(storage / "all"))
+    gold = ("--gold", str(world.gold))
+    arguments = ("compare", "--methods", METHODS, *gold, *commands.settings(world, FAST), "--out", str(storage / "all"))
     first = commands.start_rule(storage, *arguments)
     try:
         report = storage / "all" / "runs" / "ICU" / "report.json"
@@ -61,8 +62,11 @@ def test_what_was_finished_stays_and_the_rest_is_done(compared):
     assert "[ICU] is finished" in process.stdout
     assert process.stdout.splitlines()[-1] == str(folder / "report.json")
     report = json.loads((folder / "report.json").read_text())
-    assert list(report["metrics"]) == list(FINISHED)
-    assert list(report["best"].values()) == list(FINISHED)
+    assert list(report["metrics"]) == [*FINISHED, "gold"]
+    assert list(report["best"].values()) == [*FINISHED, "gold"]
+    gold = report["metrics"]["gold"]
+    assert gold["forgotten"]["value"] > 0.6
+    assert gold["retained"]["value"] > 0.95
     assert report["differences"]["RULE - RS"]["forgotten"]["verdict"] == "better"
     # a model of this size has never followed an instruction, and loses its way behind one
     assert report["differences"]["RULE - ICU"]["retained"]["verdict"] == "better"
