@@ -14,10 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.report import machine, read_json, write_json
-from cluster.tracking import git_commit
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-ROOT = Path(__file__).parents[2]
+from cluster.report import machine, read_json, write_json  # noqa: E402
+from cluster.tracking import git_commit  # noqa: E402
+
+AXES = ("forgotten", "retained")
 ASCENT = (3e-5, 1e-4, 3e-4)
 FADING = (1e-4, 3e-4, 1e-3)
 RATES = {
@@ -39,13 +42,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
-    world = arguments.folder / "world"
+    folder = arguments.folder.resolve()
+    world = folder / "world"
     if not world.exists():
         run("world", "--out", str(world))
     methods = ",".join([*(f"{name}@{rate:g}" for name, rates in RATES.items() for rate in rates), "ICU"])
     record = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "commit": git_commit(ROOT), "seeds": {}}
     for seed in arguments.seeds:
-        out, start = arguments.folder / f"seed-{seed}", time.perf_counter()
+        out, start = folder / f"seed-{seed}", time.perf_counter()
         options = {"rule.seed": seed, "rule.trace.every": LOOK_EVERY, "train.max_failures": 0}
         sets = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
         compared = ["--config", str(world / "world.yaml"), "--methods", methods, "--gold", str(world / "gold")]
@@ -84,8 +88,6 @@ def summary(content: dict) -> dict:
     }
     return {"methods": rows, "failures": content["failures"], "RULE_against": verdicts}
 
-
-AXES = ("forgotten", "retained")
 
 if __name__ == "__main__":
     main()
