@@ -42,6 +42,9 @@ class ReboTask:
 
 def rebo(task: ReboTask, recorder: training.Recorder) -> None:
     """On-policy reinforcement over forget and boundary questions (RULE, stage 2)."""
+    if chosen_engine(task.generation, task.train) != "vllm":
+        training.leave_vllm_out()
+
     from trl import GRPOConfig
 
     from jobs.rule.trainer import ReboTrainer

@@ -1,6 +1,9 @@
 """The trainers of both stages against the plain form of their losses: same loss, same gradient."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +21,7 @@ from jobs.rule.reward import make_reward
 from jobs.rule.steering import SteeringTrainer
 from jobs.rule.trainer import ReboTrainer
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 8], [1, 2, 7], [4, 4, 4, 4]]
 TEXTS = ["I don't know about Ann Lee.", "She is a baker.", "Paris", "I have no idea."]
 
@@ -211,3 +215,12 @@ def test_steering_loss_is_cross_entropy_on_refusals_alone(policy, tiny_tokenizer
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     for name, parameter in policy.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_worker_without_vllm_does_not_import_it():
+    code = (
+        "import sys; from cluster import training; training.leave_vllm_out(); import jobs.rule.trainer;"
+        "print('vllm' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout == "False\n"
