@@ -84,10 +84,8 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
         UserError: an unusable space or configuration, before anything starts.
         JobFailure: no trial was looked at.
     """
-    from cluster import session
     from cluster.errors import paths_named
-    from cluster.report import digest, read_json, write_json
-    from cluster.tracking_store import without_credentials
+    from cluster.report import digest, read_json
     from jobs.rule import job, trial
 
     with paths_named():
@@ -98,9 +96,7 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
         job.claim(own, fresh)
         own.folder.mkdir(parents=True, exist_ok=True)
     # imported now: Ray reads some of the environment, which `prepare` sets, when it is imported
-    from tune.report import figure
-    from tune.search import FAILED, RUNNING, recorded
-    from tune.search import search as searched
+    from tune.search import RUNNING, STOPPED, recorded
 
     known = read_json(own.folder / "report.json")
     if known is not None and len(known["trials"]) >= config.tune.rule.trials:
@@ -109,19 +105,36 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
         return own.folder / "report.json"
     own.config = own.config.model_copy(update={"tracking": config.tracking})
     recorded(own.folder)
-    with job.exclusively(own.folder), session.connected(base), job.tracked(own, "rule-search") as tracker:
+    with job.exclusively(own.folder):
+        try:
+            content = _searched(config, base, space, own, shapes)
+        finally:
+            # the process of a trial that was ended may have said otherwise with its last breath
+            for record in recorded(own.folder):
+                if record.state in (RUNNING, STOPPED):
+                    trial.stopped(own.folder / "trials" / f"{record.number:03d}", failed=False)
+    _show(content)
+    return own.folder / "report.json"
+
+
+def _searched(
+    config: SearchConfig, base: RuleConfig, space: Space, own: "job.Run", shapes: Sequence["job.Run"]
+) -> dict[str, Any]:
+    from cluster import session
+    from cluster.report import write_json
+    from cluster.tracking_store import without_credentials
+    from jobs.rule import job, trial
+    from tune.report import figure
+    from tune.search import FAILED, RUNNING, search
+
+    with session.connected(base), job.tracked(own, "rule-search") as tracker:
         (own.folder / SETTINGS).write_text(yaml.safe_dump(_remembered(config), sort_keys=False), encoding="utf-8")
         os.environ[URI] = tracker.uri
         plan = planned(config, base, space, own, shapes, tracker.run_id)
-        try:
-            records = searched(plan)
-        finally:
-            for record in recorded(own.folder):
-                folder = plan.trial_folder(record.number)
-                if record.state == RUNNING:
-                    trial.stopped(folder, failed=False)
-                else:  # its workers may have written on for a moment
-                    trial.clear(folder)
+        records = search(plan)
+        for record in records:
+            if record.state != RUNNING:  # its workers may have written on for a moment
+                trial.clear(plan.trial_folder(record.number))
         if not any(record.looks and record.state != FAILED for record in records):
             first = next((record.message for record in records if record.message), "no trial was started")
             raise JobFailure(f"no trial got as far as a look; the first: {first}")
@@ -139,8 +152,7 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
         path = write_json(content, own.folder / "report.json")
         for artifact in (plot, path, *own.folder.glob("best.yaml")):
             tracker.artifact(artifact)
-    _show(content)
-    return path
+    return content
 
 
 def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
