@@ -64,13 +64,11 @@ def table(content: Mapping[str, Any]) -> "Table":
     from rich import box
     from rich.table import Table
 
-    names = list(dict.fromkeys(name for trial in content["trials"] for name in trial["values"]))
     shown = Table(title="Trials", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("trial", "step", *content["objectives"]):
         shown.add_column(name, justify="right", no_wrap=True)
-    for name in names:
-        shown.add_column(name.removeprefix("rule.").removeprefix("rebo."), justify="right")
     shown.add_column("")
+    shown.add_column("settings")
     for trial in content["trials"]:
         last = trial["looks"][-1] if trial["looks"] else {}
         number = trial["number"]
@@ -81,8 +79,8 @@ def table(content: Mapping[str, Any]) -> "Table":
             str(number),
             str(last.get("step", "-")),
             *(_cell(metrics.get(name)) for name in content["objectives"]),
-            *(_value(trial["values"], name) for name in names),
             ", ".join(filter(None, marks)),
+            ", ".join(f"{name.rpartition('.')[2]} {_value(value)}" for name, value in trial["values"].items()),
         )
     volume, steps = content["hypervolume"], content["steps"]
     shown.caption = (
@@ -147,7 +145,5 @@ def _cell(metric: Mapping[str, Any] | None) -> str:
     return f"{metric['value']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _value(values: Mapping[str, Any], name: str) -> str:
-    if name not in values:
-        return "-"
-    return f"{values[name]:.2g}" if isinstance(values[name], float) else str(values[name])
+def _value(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
