@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import ray
 from pydantic import ValidationError
 
 from cluster import cli
 from cluster.config import load
 from cluster.errors import UserError
+from jobs.rule import job
 from tune.config import Dimension, Search
-from tune.rule import SearchConfig, app, settled, usable
+from tune.rule import SearchConfig, app, planned, settled, usable
 from tune.space import corners, distributions, keys_of, present, require_usable
 
 SPACE = {
@@ -166,3 +168,13 @@ def test_what_may_change_on_resume(tmp_path, capsys):
     assert cli.main(app, ["--resume", str(tmp_path / "none")]) == 2
     assert "holds no search" in capsys.readouterr().err
     assert cli.main(app, ["--resume", str(tmp_path), "--fresh"]) == 2
+
+
+def test_more_trials_than_room_are_refused_with_the_arithmetic(monkeypatch):
+    config = load(SearchConfig, "laptop", sets=["tune.rule.max_concurrent=999"], environ={})
+    base, space = settled(config)
+    run = job.prepare(base, None, "")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    told = r"max_concurrent = 999 .* = 1998 CPUs and the memory of as many runs; the cluster has room for 1 at once"
+    with pytest.raises(UserError, match=told):
+        planned(config, base, space, run, [run], "parent")
