@@ -23,6 +23,7 @@ from tune.space import Space, Values, keys_of, present, require_usable
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
+    from cluster.tracking import Tracker
     from jobs.rule import job
     from tune.search import Plan, Record
 
@@ -96,7 +97,7 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
         job.claim(own, fresh)
         own.folder.mkdir(parents=True, exist_ok=True)
     # imported now: Ray reads some of the environment, which `prepare` sets, when it is imported
-    from tune.search import RUNNING, STOPPED, recorded
+    from tune.search import RUNNING, STOPPED, recorded, trial_folder
 
     known = read_json(own.folder / "report.json")
     if known is not None and len(known["trials"]) >= config.tune.rule.trials:
@@ -112,7 +113,7 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
             # the process of a trial that was ended may have said otherwise with its last breath
             for record in recorded(own.folder):
                 if record.state in (RUNNING, STOPPED):
-                    trial.stopped(own.folder / "trials" / f"{record.number:03d}", failed=False)
+                    trial.stopped(trial_folder(own.folder, record.number), failed=False)
     _show(content)
     return own.folder / "report.json"
 
@@ -122,7 +123,6 @@ def _searched(
 ) -> dict[str, Any]:
     from cluster import session
     from cluster.report import write_json
-    from cluster.tracking_store import without_credentials
     from jobs.rule import job, trial
     from tune.report import figure
     from tune.search import FAILED, RUNNING, search
@@ -138,8 +138,7 @@ def _searched(
         if not any(record.looks and record.state != FAILED for record in records):
             first = next((record.message for record in records if record.message), "no trial was started")
             raise JobFailure(f"no trial got as far as a look; the first: {first}")
-        content = _content(config, own, plan, base, records)
-        content["mlflow"] = {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id}
+        content = _content(config, own, plan, base, records, tracker)
         plot = own.folder / "plots" / "search.png"
         plot.parent.mkdir(exist_ok=True)
         figure(content).savefig(plot, dpi=150)
@@ -272,13 +271,15 @@ def _ended(record: "Record", folder: Path) -> None:
 
 
 def _content(
-    config: SearchConfig, own: "job.Run", plan: "Plan", base: RuleConfig, records: "Sequence[Record]"
+    config: SearchConfig,
+    own: "job.Run",
+    plan: "Plan",
+    base: RuleConfig,
+    records: "Sequence[Record]",
+    tracker: "Tracker",
 ) -> dict[str, Any]:
-    from cluster.report import machine
-    from cluster.tracking import git_commit, masked
-    from cluster.tracking_store import without_credentials
+    from cluster.tracking import masked
     from jobs.rule import job, trial
-    from jobs.rule import report as reporting
     from tune.report import summary
 
     found = summary(plan, records)
@@ -292,20 +293,12 @@ def _content(
         str(number): trial.intervals(plan.trial_folder(number), record.last_step, base.rule.seed)
         for number, record in by_number.items()
     }
-    return {
-        "system": "rule",
+    return job.provenance(own, tracker) | {
         "job": "search",
-        "targets": [own.data.target],
-        "model": own.source.name,
-        "model_version": own.source.version,
-        "command": without_credentials(own.command),
         "configuration": masked(config.model_dump()),
-        "data_digests": {base.rule.data: job.data_digest(own.data)},
         "metrics": {name: {axis: one.to_json() for axis, one in found.items()} for name, found in metrics.items()},
-        "machine": machine(),
-        "commit": git_commit(Path(__file__).parents[1]),
-        "versions": reporting.versions(),
-    } | found
+        **found,
+    }
 
 
 def _configuration(base: RuleConfig, space: Space, record: "Record", path: Path) -> None:

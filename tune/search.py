@@ -79,11 +79,16 @@ class Plan:
 
     def trial_folder(self, number: int) -> Path:
         """Where a trial keeps its run."""
-        return self.folder / "trials" / f"{number:03d}"
+        return trial_folder(self.folder, number)
 
     def keep(self, record: Record) -> None:
         """Writes a record."""
-        write_json(vars(record), self.folder / "trials" / f"{record.number:03d}.json")
+        write_json(vars(record), self.trial_folder(record.number).with_suffix(".json"))
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    """Where a trial of the search in `folder` keeps its run; its record stands beside it."""
+    return folder / "trials" / f"{number:03d}"
 
 
 def recorded(folder: Path) -> list[Record]:

@@ -22,7 +22,9 @@ def present(space: Mapping[str, Dimension | None], place: str) -> Space:
     """
     chosen = {name: dimension for name, dimension in space.items() if dimension is not None}
     if not chosen:
-        raise UserError(f"{place} is empty; name a key and what it may be, as rule.rebo.steps: {{choice: [10, 20]}}")
+        raise UserError(
+            f"{place} is empty; name a key and what it may be, as rule.rebo.advantage: {{choice: [grpo, rloo]}}"
+        )
     return chosen
 
 

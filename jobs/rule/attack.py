@@ -16,11 +16,9 @@ from typing import Any
 from cluster import models, session, training
 from cluster.errors import UserError, paths_named
 from cluster.generation import chosen_engine
-from cluster.report import Metric, digest, machine, read_json, read_lines, write_json
-from cluster.tracking import Tracker, git_commit, masked
-from cluster.tracking_store import without_credentials
+from cluster.report import Metric, digest, read_json, read_lines, write_json
+from cluster.tracking import Tracker
 from jobs.rule import attack_report, job, tradeoff
-from jobs.rule import report as reporting
 from jobs.rule.attacks import PLAIN, REWORDINGS, AttackTask, attacked
 from jobs.rule.config import RuleConfig, Steering
 from jobs.rule.data import Probe, Refusal, data_folder
@@ -70,7 +68,7 @@ def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fres
     """Attacks every model, the original as well, and writes the report; returns its path.
 
     Raises:
-        UserError: a model that cannot be read or holds a question no more, too few known probes, or no room to relearn.
+        UserError: a model that cannot be read or is too short of context, too few known probes, or no room to relearn.
     """
     rule = config.rule
     if config.train.strategy == "fsdp":
@@ -102,8 +100,12 @@ def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fres
         curves = {name: _relearned(run, tracker, name, path, lessons, probes, answers) for name, path in paths.items()}
         for name, curve in curves.items():
             scores[name][f"{RELEARNING}/{len(lessons)} answers"] = curve["scores"]
-        content = _content(run, scores, {name: curve["steps"] for name, curve in curves.items()})
-        content["mlflow"] = {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id}
+        content = job.provenance(run, tracker) | {
+            "job": "attack",
+            "metrics": _metrics(scores, rule.seed),
+            "relearning": {name: curve["steps"] for name, curve in curves.items()},
+            "seconds": run.state["seconds"],
+        }
         plot = run.folder / "plots" / "attacks.png"
         plot.parent.mkdir(exist_ok=True)
         attack_report.figure(content).savefig(plot, dpi=150)
@@ -224,35 +226,17 @@ def _relearned(
     return read_json(write_json({"steps": steps, "scores": recalls}, kept))
 
 
-def _content(
-    run: job.Run, scores: Mapping[str, Mapping[str, Sequence[float]]], curves: Mapping[str, Any]
-) -> dict[str, Any]:
-    seed = run.config.rule.seed
+def _metrics(scores: Mapping[str, Mapping[str, Sequence[float]]], seed: int) -> dict[str, dict[str, Any]]:
     metrics: dict[str, dict[str, Metric]] = {}
     for name, by_attack in scores.items():
-        worst = worst_of(by_attack)
-        metrics[name] = {f"recall/{key}": mean_interval(values, seed) for key, values in (by_attack | worst).items()}
+        every = by_attack | worst_of(by_attack)
+        metrics[name] = {f"recall/{key}": mean_interval(values, seed) for key, values in every.items()}
         metrics[name] |= {
             f"regained/{key}": paired_difference(values, by_attack[PLAIN], seed)
-            for key, values in (by_attack | worst).items()
+            for key, values in every.items()
             if key != PLAIN
         }
-    return {
-        "system": "rule",
-        "job": "attack",
-        "targets": [run.data.target],
-        "model": run.source.name,
-        "model_version": run.source.version,
-        "command": without_credentials(run.command),
-        "configuration": masked(run.config.model_dump()),
-        "data_digests": {run.config.rule.data: job.data_digest(run.data)},
-        "metrics": {name: {key: one.to_json() for key, one in found.items()} for name, found in metrics.items()},
-        "relearning": dict(curves),
-        "seconds": run.state["seconds"],
-        "machine": machine(),
-        "commit": git_commit(Path(__file__).parents[2]),
-        "versions": reporting.versions(),
-    }
+    return {name: {key: one.to_json() for key, one in found.items()} for name, found in metrics.items()}
 
 
 def worst_of(by_attack: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:

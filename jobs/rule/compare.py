@@ -24,11 +24,8 @@ import yaml
 from cluster import models, session
 from cluster.config import ENVIRONMENT_PREFIX, STORAGE_VARIABLE
 from cluster.errors import JobFailure, UserError, paths_named
-from cluster.report import digest, machine, read_json, write_json
-from cluster.tracking import git_commit, masked
-from cluster.tracking_store import without_credentials
+from cluster.report import digest, read_json, write_json
 from jobs.rule import costs, job, methods, stages, tradeoff
-from jobs.rule import report as reporting
 from jobs.rule.config import RuleConfig
 
 PROGRESS = re.compile(r"step \d+/\d+|evaluation[ :]|error: ")
@@ -198,8 +195,8 @@ def compare(
         if gold is not None and GOLD.name not in failures:
             nothing = dict.fromkeys(("forget", "retain"))
             outcomes.append(tradeoff.outcome(GOLD.name, GOLD.method, _gold_folder(run), threshold, [], nothing))
-        content = _content(run, own, failures) | tradeoff.summary(outcomes, config.rule.seed)
-        content["mlflow"] = {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id}
+        content = job.provenance(run, tracker) | _content(own, failures)
+        content |= tradeoff.summary(outcomes, config.rule.seed)
         for order, one in enumerate(outcomes):
             flat = {name: metric["value"] for name, metric in content["metrics"][one.name].items()}
             tracker.metrics(flat, step=0, stage=f"{order:02d}-{one.name}".replace("@", "-"))
@@ -311,27 +308,16 @@ def _environment(config: RuleConfig) -> dict[str, str]:
     return environment | ({"MLFLOW_TRACKING_URI": config.tracking.uri} if config.tracking.uri else {})
 
 
-def _content(run: job.Run, own: Mapping[Entry, job.Run], failures: Mapping[str, str]) -> dict[str, Any]:
-    rule = run.config.rule
+def _content(own: Mapping[Entry, job.Run], failures: Mapping[str, str]) -> dict[str, Any]:
     reports = {
         entry.name: read_json(one.folder / "report.json") for entry, one in own.items() if entry.name not in failures
     }
     return {
-        "system": "rule",
         "job": "compare",
         "methods": [entry.name for entry in own],
         "failures": dict(failures),
-        "targets": [run.data.target],
-        "model": run.source.name,
-        "model_version": run.source.version,
-        "command": without_credentials(run.command),
-        "configuration": masked(run.config.model_dump()),
-        "data_digests": {rule.data: job.data_digest(run.data)},
         "seconds": {name: report["seconds"] for name, report in reports.items()},
         "peak_memory_gib": {name: report["peak_memory_gib"] for name, report in reports.items()},
-        "machine": machine(),
-        "commit": git_commit(Path(__file__).parents[2]),
-        "versions": reporting.versions(),
     }
 
 

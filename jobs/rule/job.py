@@ -303,24 +303,13 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
         for stage, quality in forget_qualities(examined, rule.seed).items():
             metrics[stage]["tofu/forget_quality"] = quality
     history = read_lines(folder / training.HISTORY)
-    content = {
-        "system": "rule",
+    content = provenance(run, tracker) | {
         "method": rule.method,
-        "targets": [run.data.target],
-        "model": run.source.name,
-        "command": without_credentials(run.command),
-        "configuration": masked(run.config.model_dump()),
-        "data_digests": {rule.data: data_digest(run.data)},
-        "model_version": run.source.version,
-        "machine": machine(),
-        "commit": git_commit(Path(__file__).parents[2]),
-        "mlflow": {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id},
         "metrics": {stage: {name: m.to_json() for name, m in found.items()} for stage, found in metrics.items()},
         "seconds": run.state["seconds"],
         "step_seconds": reporting.step_seconds(history),
         "peak_memory_gib": {stage: round(one.peak_memory_gib, 2) for stage, one in examined.items()}
         | training.peaks(folder),
-        "versions": reporting.versions(),
     }
     for path in plots(content, history, folder / "plots"):
         tracker.artifact(path, "plots")
@@ -340,6 +329,23 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
     tracker.artifact(path)
     show(content)
     return path
+
+
+def provenance(run: Run, tracker: Tracker) -> dict[str, Any]:
+    """What every report of this system begins with: of what it tells, and what made it."""
+    return {
+        "system": "rule",
+        "targets": [run.data.target],
+        "model": run.source.name,
+        "model_version": run.source.version,
+        "command": without_credentials(run.command),
+        "configuration": masked(run.config.model_dump()),
+        "data_digests": {run.config.rule.data: data_digest(run.data)},
+        "machine": machine(),
+        "commit": git_commit(Path(__file__).parents[2]),
+        "mlflow": {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id},
+        "versions": reporting.versions(),
+    }
 
 
 def registered_name(run: Run) -> str:
