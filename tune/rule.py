@@ -18,7 +18,7 @@ from cluster.config import leaves, load, overlaid
 from cluster.errors import JobFailure, UserError
 from jobs.rule.config import RuleConfig
 from tune.config import Tune
-from tune.space import Space, Values, keys_of, present, require_usable
+from tune.space import Space, Values, keys_of, present, require_usable, size
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -184,6 +184,12 @@ def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
                     f"{PLACE}: {key} cannot be searched: trials are compared at equal steps, on one model and the same "
                     f"probes; take a single key under {', '.join(SEARCHED)} but {' and '.join(NOT_SEARCHED)}"
                 )
+    most = size(space) + 1
+    if config.tune.rule.trials > most:
+        raise UserError(
+            f"tune.rule.trials = {config.tune.rule.trials} is more than there is to try: {PLACE} holds {most - 1} "
+            f"configurations beside the one as it is; lower it to {most}, or widen the space"
+        )
     return overlaid(base, keys, "the search"), space
 
 

@@ -34,6 +34,7 @@ STUDY = "search"
 SPANNED = "spanned"
 RUNNING, COMPLETE, STOPPED, FAILED = "running", "complete", "stopped", "failed"
 STARTUP_SHARE = 4  # a trial in so many is drawn at random before Optuna's model of the space is asked
+REDRAWS = 100  # of a proposal that was tried before
 
 
 @dataclass
@@ -166,6 +167,7 @@ class Proposals(OptunaSearch):
         self.next = max(self.known, default=0) + 1
         if 0 not in self.known:
             self.waiting.insert(0, (0, {}))
+        self.tried = [record.values for record in (*ended, *waiting)]
         self.as_it_is: set[str] = set()
         self.plan = plan
 
@@ -182,7 +184,20 @@ class Proposals(OptunaSearch):
         if values == {}:
             self.as_it_is.add(trial_id)
             return {"number": number, "values": {}}
-        return {"number": number, "values": super().suggest(trial_id)}
+        return {"number": number, "values": super().suggest(trial_id) if values else self._new(trial_id)}
+
+    def _new(self, trial_id: str) -> Values:
+        """A proposal that was not tried: a trial is seeded, so the same values would give the same figures."""
+        import optuna
+
+        values = super().suggest(trial_id)
+        for _ in range(REDRAWS):
+            if values not in self.tried:
+                break
+            self._ot_study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
+            values = super().suggest(trial_id)
+        self.tried.append(values)
+        return values
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Told by Tune."""

@@ -44,6 +44,11 @@ def distributions(space: Space) -> "dict[str, BaseDistribution]":
     return found
 
 
+def size(space: Space) -> float:
+    """How many different values a trial can have; infinity where a dimension is a range."""
+    return math.prod(len(one.choice or one.settings or ()) or math.inf for one in space.values())
+
+
 def keys_of(space: Space, values: Values) -> dict[str, Any]:
     """The configuration keys that a trial sets."""
     keys: dict[str, Any] = {}

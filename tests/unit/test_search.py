@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,16 @@ def test_a_search_that_goes_on_draws_something_new(plan):
     killed = Proposals(plan.plan, [], [Record(0, {}), *(Record(n + 1, LOW | {"x": x}) for n, x in enumerate(drawn))])
     assert [killed.suggest(str(index))["number"] for index in range(3)] == [0, 1, 2]
     assert killed.suggest("next")["values"]["x"] not in drawn
+
+
+def test_nothing_is_tried_twice(plan):
+    few = replace(plan.plan, space={"x": Dimension(choice=[1, 2]), "y": Dimension(choice=["a", "b"])})
+    ended = [Record(0, {}, COMPLETE, looks(0.5)), Record(1, {"x": 1, "y": "a"}, FAILED)]
+    proposals = Proposals(few, ended, [])
+    drawn = [proposals.suggest(str(index))["values"] for index in range(3)]
+    found = sorted((values["x"], values["y"]) for values in drawn)
+    assert found == [(1, "b"), (2, "a"), (2, "b")]
+    assert proposals.suggest("one too many")["values"] in [{"x": 1, "y": "a"}, *drawn]
 
 
 def test_a_trial_behind_the_earlier_ones_is_ended_at_its_first_rung(plan):

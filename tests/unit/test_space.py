@@ -14,7 +14,7 @@ from cluster.errors import UserError
 from jobs.rule import job
 from tune.config import Dimension, Search
 from tune.rule import SearchConfig, app, planned, settled, usable
-from tune.space import corners, distributions, keys_of, present, require_usable
+from tune.space import corners, distributions, keys_of, present, require_usable, size
 
 SPACE = {
     "rule.rebo.learning_rate": Dimension(log_uniform=(1e-6, 1e-4)),
@@ -80,6 +80,12 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
     ).tune.rule.space
     assert space["rule.rebo.learning_rate"].choice == [1e-6, 2e-5, 3e-4, 10.0]
     assert space["x"].choice == ["e1", "1e"]
+
+
+def test_how_many_configurations_a_space_holds():
+    finite = {"a": Dimension(choice=[1, 2, 3]), "b": Dimension(settings={"x": {"c": 1}, "y": {"c": 2}})}
+    assert size(finite) == 6
+    assert size(finite | {"d": Dimension(uniform=(0, 1))}) == math.inf
 
 
 def test_null_takes_a_name_out():
@@ -158,6 +164,14 @@ def test_paths_are_absolute_and_no_tracking_address_is_left_in_a_trial(tmp_path,
 def test_a_name_with_a_slash_is_refused():
     with pytest.raises(UserError, match=r"tune\.rule\.space"):
         configured("{a/b: {choice: [1]}}")
+
+
+def test_more_trials_than_configurations_are_refused():
+    config = load(SearchConfig, "laptop", sets=["tune.rule.trials=4"], environ={})
+    only = dict.fromkeys(config.tune.rule.space) | {"rule.rebo.advantage": Dimension(choice=["grpo", "rloo"])}
+    few = config.tune.rule.model_copy(update={"space": only})
+    with pytest.raises(UserError, match=r"trials = 4 .* holds 2 configurations .* lower it to 3"):
+        settled(config.model_copy(update={"tune": config.tune.model_copy(update={"rule": few})}))
 
 
 def test_what_may_change_on_resume(tmp_path, capsys):
