@@ -1,0 +1,1 @@
+"""OODFace: face recognition under thirty corruptions and appearance variations, at five severities each."""

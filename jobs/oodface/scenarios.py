@@ -1,0 +1,106 @@
+"""All scenarios by name, and their application to a batch whose samples may differ in severity."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cluster.errors import UserError
+from jobs.oodface.corruptions import CORRUPTIONS
+from jobs.oodface.randomness import Random
+from jobs.oodface.scenario import SEVERITIES, Draws, Images, Scenario
+
+SCENARIOS: dict[str, type[Scenario]] = {one.name: one for one in CORRUPTIONS}
+# as the authors' code and imagecorruptions call them
+ALIASES = {
+    "glass_blur": "facial_distortion",
+    "random_hue_shift": "color_shift",
+    "salt_and_pepper_noise": "salt_pepper_noise",
+    "saturation": "saturate",
+}
+
+
+def find(name: str) -> Scenario:
+    """The scenario of a name, with its default settings.
+
+    Raises:
+        UserError: no scenario has that name; the nearest is named.
+    """
+    known = ALIASES.get(name, name)
+    if known in SCENARIOS:
+        return SCENARIOS[known]()
+    near = difflib.get_close_matches(name, [*SCENARIOS, *ALIASES], 1, 0)
+    raise UserError(f"there is no scenario '{name}'; did you mean {near[0]}? All are: {', '.join(SCENARIOS)}")
+
+
+def require_severity(severity: int) -> int:
+    """The severity itself.
+
+    Raises:
+        UserError: it is none of 1 to 5.
+    """
+    if severity not in SEVERITIES:
+        raise UserError(f"severity {severity} does not exist; take one of 1 to 5")
+    return severity
+
+
+def distort(
+    images: Images,
+    scenario: Scenario | str,
+    severity: int | Sequence[int] | Int[Tensor, " batch"],
+    keys: Int[Tensor, " batch"],
+    truncate: bool = False,
+) -> Images:
+    """Images under a scenario, in [0, 1] and of the type and on the device that they came in.
+
+    A sample depends on its image, severity and key alone: on a CPU bit for bit, between devices to about 1e-5 before
+    truncation.
+
+    Args:
+        images: RGB in [0, 1].
+        scenario: a name, or one with settings of its own.
+        severity: 1 to 5, one for all or one a sample.
+        keys: what each sample's random numbers come from (`randomness.keys`).
+        truncate: cuts to the 256 values of 8 bits, as the reference writes its files.
+
+    Raises:
+        UserError: an unknown scenario or severity.
+    """
+    one = find(scenario) if isinstance(scenario, str) else scenario
+    levels = [severity] * len(images) if isinstance(severity, int) else [int(level) for level in severity]
+    result = torch.empty_like(images)
+    for level in dict.fromkeys(levels):
+        require_severity(level)
+        for part in _parts([at for at, other in enumerate(levels) if other == level], images, one):
+            draws = one.draw(Random(keys[part], images.device), level, images.shape[2], images.shape[3])
+            changed = one.apply(images[part].float().contiguous(), level, draws)
+            if isinstance(part, slice) and not changed.requires_grad:
+                _finished(changed, truncate, result[part])
+            else:
+                result[part] = _finished(changed, truncate, None).to(images.dtype)
+    return result
+
+
+def apply(images: Images, scenario: Scenario, severity: int, draws: Draws, truncate: bool = False) -> Images:
+    """Images under a scenario whose random parameters are given: float32, in [0, 1]."""
+    changed = scenario.apply(images.float().contiguous(), require_severity(severity), draws)
+    return _finished(changed, truncate, None)
+
+
+def _finished(changed: Images, truncate: bool, out: Images | None) -> Images:
+    """Clipped to [0, 1], on the 256 steps of 8 bits where asked, in `out` if it is given."""
+    if truncate:
+        changed = changed.clamp(0, 1).mul_(255).floor_().div_(255)
+    if out is None:
+        return changed.clamp(0, 1)
+    return torch.clamp(changed, 0, 1, out=out) if out.dtype == changed.dtype else out.copy_(changed.clamp_(0, 1))
+
+
+def _parts(members: list[int], images: Images, scenario: Scenario) -> Iterator[slice | list[int]]:
+    """As slices where the members follow one another: a view costs nothing."""
+    size = len(members) if images.is_cuda else max(1, scenario.at_once // images[0].numel())
+    for start in range(0, len(members), size):
+        part = members[start : start + size]
+        yield slice(part[0], part[-1] + 1) if part[-1] - part[0] == len(part) - 1 else part
