@@ -42,8 +42,8 @@ class ZoomBlur(Scenario):
         batch, channels, height, width = images.shape
         planes = images.reshape(1, batch * channels, height, width)
         if not images.is_cuda:  # pixel by pixel all planes at once: an eighth of the time
-            # up to four planes would take another path with another rounding
-            planes = F.pad(planes, (0, 0, 0, 0, 0, max(0, 8 - batch * channels)))
+            # planes that do not fill a vector of the processor would be rounded in another way
+            planes = F.pad(planes, (0, 0, 0, 0, 0, -batch * channels % 16))
             planes = planes.contiguous(memory_format=torch.channels_last)
         total = planes * 2  # itself, and zoom 1
         for index in range(1, number):
