@@ -1,21 +1,18 @@
 """RULE from a configuration to a report: read top to bottom like the paper's method section."""
 
-import os
-import shutil
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import models, session
-from cluster.errors import UserError, paths_named
-from cluster.report import digest, machine, read_json, read_lines, write_json
-from cluster.tracking import Tracker, default_uri, git_commit, masked
-from cluster.tracking_store import without_credentials
+from cluster import models, runs, session
+from cluster.errors import paths_named
+from cluster.report import digest, read_json, read_lines, write_json
+from cluster.runs import claim, exclusively
+from cluster.tracking import Tracker, masked
 from jobs.rule import methods, shared, stages
 from jobs.rule import report as reporting
 from jobs.rule.benchmarks import Benchmarks, load_benchmarks
@@ -42,10 +39,11 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
 
 EVALUATION_LIMIT_S = 6 * 3600
+PACKAGES = ("torch", "transformers", "trl", "ray", "numpy", "rouge", "rouge-score")  # whose version can change a figure
 
 
 @dataclass
-class Run:
+class Run(runs.Run):
     """One run's folder, and what is already known in it: `state.json` survives the driver."""
 
     config: RuleConfig
@@ -60,18 +58,6 @@ class Run:
     trace: Trace | None = None
     callbacks: Sequence["UserCallback"] = ()
     state: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, **news: Any) -> None:
-        """Adds to the state and writes it."""
-        self.state |= news
-        write_json(self.state, self.folder / "state.json")
-
-    @contextmanager
-    def phase(self, name: str):
-        """Times a phase that was not done yet."""
-        start = time.perf_counter()
-        yield
-        self.save(seconds=self.state.get("seconds", {}) | {name: round(time.perf_counter() - start, 2)})
 
 
 def main(
@@ -180,68 +166,17 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "", 
     return run
 
 
-def claim(run: Run, fresh: bool) -> None:
-    """Takes up what an earlier driver of the same run left in its folder, or clears it where `fresh` says so.
-
-    Raises:
-        UserError: the folder holds something else; nothing is touched then.
-    """
-    folder, identity = run.folder, run.state["identity"]
-    found = read_json(folder / "state.json")
-    state = found if isinstance(found, dict) and "identity" in found else {}
-    if not state and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--out {folder} holds other things than a run; name a new or empty folder")
-    if fresh and state:
-        with exclusively(folder):
-            shutil.rmtree(folder)
-    elif state and state["identity"] != identity:
-        raise UserError(f"{folder} holds a run of another configuration; take another --out, or --fresh to replace it")
-    else:
-        run.state |= state
-
-
 def data_digest(data: RuleData) -> str:
     """What pins the questions that a run saw."""
     parts = [[vars(row) for row in rows] for rows in (data.refusals, data.items, data.probes)]
     return digest([data.target, parts])
 
 
-@contextmanager
-def exclusively(folder: Path, wait_s: float = 0):
-    """No two drivers in one folder; the other one has `wait_s` seconds to leave."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    with paths_named():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=wait_s)
-        except Timeout:
-            raise UserError(f"another job is working in {folder}; wait for it, or take another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def tracked(run: Run, name: str, parent: str | None = None):
-    """The job's MLflow run: a new one, or the one that an earlier driver of this run began; a child of `parent`."""
-    tracking, storage = run.config.tracking, session.storage(run.config)
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
-    with Tracker.open(
-        uri,
-        tracking.experiment,
-        f"{name}-{run.folder.name}",
-        run.config.model_dump(include={"rule", "train", "generation"}),
-        {"data_digest": data_digest(run.data), "target": run.data.target, "model": run.source.name}
-        | ({"mlflow.parentRunId": parent} if parent else {}),
-        run.state.get("mlflow_run_id"),
-        storage if uri == default_uri(storage) else None,
-    ) as tracker:
-        with paths_named():
-            run.save(mlflow_run_id=tracker.run_id, tracking_uri=without_credentials(uri))
-        yield tracker
+def tracked(run: Run, name: str, parent: str | None = None) -> AbstractContextManager[Tracker]:
+    """The job's MLflow run; see `runs.tracked`."""
+    parameters = run.config.model_dump(include={"rule", "train", "generation"})
+    tags = {"data_digest": data_digest(run.data), "target": run.data.target, "model": run.source.name}
+    return runs.tracked(run, name, parameters, tags, parent)
 
 
 def evaluated(run: Run, stage: str, model: Path) -> Examined:
@@ -338,14 +273,8 @@ def provenance(run: Run, tracker: Tracker) -> dict[str, Any]:
         "targets": [run.data.target],
         "model": run.source.name,
         "model_version": run.source.version,
-        "command": without_credentials(run.command),
-        "configuration": masked(run.config.model_dump()),
         "data_digests": {run.config.rule.data: data_digest(run.data)},
-        "machine": machine(),
-        "commit": git_commit(Path(__file__).parents[2]),
-        "mlflow": {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id},
-        "versions": reporting.versions(),
-    }
+    } | runs.provenance(run, tracker, PACKAGES)
 
 
 def registered_name(run: Run) -> str:

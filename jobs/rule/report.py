@@ -236,10 +236,3 @@ def step_seconds(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         for part, seconds in row.get("seconds", {}).items():
             parts.setdefault(part, []).append(seconds)
     return {part: round(sum(values) / len(values), 3) for part, values in parts.items()}
-
-
-def versions() -> dict[str, str]:
-    """The packages whose version can change a figure, as installed."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "trl", "ray", "numpy", "rouge", "rouge-score")}

@@ -1,0 +1,115 @@
+"""A job's run: a folder that one driver at a time works in, and what survives the driver."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster import session
+from cluster.config import Config
+from cluster.errors import UserError, paths_named
+from cluster.report import machine, read_json, write_json
+from cluster.tracking import Tracker, default_uri, git_commit, masked
+from cluster.tracking_store import without_credentials
+
+STATE = "state.json"
+
+
+class Run:
+    """What a system's own run adds its data to; `state` is what `state.json` in its folder holds.
+
+    state["identity"] is the digest of all that decides the run's result; it is there from the beginning.
+    """
+
+    config: Config
+    folder: Path
+    command: str
+    state: dict[str, Any]
+
+    def save(self, **news: Any) -> None:
+        """Adds to the state and writes it."""
+        self.state |= news
+        write_json(self.state, self.folder / STATE)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a phase that was not done yet."""
+        start = time.perf_counter()
+        yield
+        self.save(seconds=self.state.get("seconds", {}) | {name: round(time.perf_counter() - start, 2)})
+
+
+def claim(run: Run, fresh: bool) -> None:
+    """Takes up what an earlier driver of the same run left in its folder, or clears it where `fresh` says so.
+
+    Raises:
+        UserError: the folder holds something else; nothing is touched then.
+    """
+    folder, identity = run.folder, run.state["identity"]
+    found = read_json(folder / STATE)
+    state = found if isinstance(found, dict) and "identity" in found else {}
+    if not state and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out {folder} holds other things than a run; name a new or empty folder")
+    if fresh and state:
+        with exclusively(folder):
+            shutil.rmtree(folder)
+    elif state and state["identity"] != identity:
+        raise UserError(f"{folder} holds a run of another configuration; take another --out, or --fresh to replace it")
+    else:
+        run.state |= state
+
+
+@contextmanager
+def exclusively(folder: Path, wait_s: float = 0) -> Iterator[None]:
+    """No two drivers in one folder; the other one has `wait_s` seconds to leave."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    with paths_named():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=wait_s)
+        except Timeout:
+            raise UserError(f"another job is working in {folder}; wait for it, or take another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def tracked(
+    run: Run, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None
+) -> Iterator[Tracker]:
+    """The job's MLflow run: a new one, or the one that an earlier driver of this run began; a child of `parent`."""
+    tracking, storage = run.config.tracking, session.storage(run.config)
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
+    with Tracker.open(
+        uri,
+        tracking.experiment,
+        f"{name}-{run.folder.name}",
+        parameters,
+        dict(tags) | ({"mlflow.parentRunId": parent} if parent else {}),
+        run.state.get("mlflow_run_id"),
+        storage if uri == default_uri(storage) else None,
+    ) as tracker:
+        with paths_named():
+            run.save(mlflow_run_id=tracker.run_id, tracking_uri=without_credentials(uri))
+        yield tracker
+
+
+def provenance(run: Run, tracker: Tracker, packages: Sequence[str]) -> dict[str, Any]:
+    """What made a report; `packages` are those whose version can change a figure."""
+    from importlib.metadata import version
+
+    return {
+        "command": without_credentials(run.command),
+        "configuration": masked(run.config.model_dump()),
+        "machine": machine(),
+        "commit": git_commit(Path(__file__).parents[1]),
+        "mlflow": {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id},
+        "versions": {name: version(name) for name in packages},
+    }

@@ -1,0 +1,1 @@
+"""Face models: find faces, bring them to a model's template, embed them on any device."""

@@ -1,0 +1,137 @@
+"""Any embedding model in an ONNX file, run by onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from cluster.errors import UserError
+from jobs.oodface.faces.config import OnnxFace
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+_CUDA = "CUDAExecutionProvider"
+
+
+class OnnxNetwork:
+    """The network of an `OnnxFace`, called like a torch module.
+
+    What the file says is not asked for: whether channels stand before or behind the pixels, the size of its images and
+    how many it takes at once. Pixels and embeddings pass through the CPU's memory.
+
+    path: the file.
+    size: height and width of the images that the network gets, px.
+    images_at_once: how many one pass takes; None for any number.
+    """
+
+    def __init__(self, face: OnnxFace, crop_size: tuple[int, int]) -> None:
+        """Reads the file, and tries it on a black image.
+
+        Args:
+            face: what the user says about it.
+            crop_size: height and width of crops, px; the network gets them so where neither `face` nor the file says
+                another size.
+
+        Raises:
+            UserError: no onnxruntime, no such file, no model that turns an image into an embedding, or a size against
+                the file's.
+        """
+        self.face = face
+        self.path = Path(face.path).expanduser()
+        self.session = _session(self.path, "cpu")
+        shape = self._input_shape()
+        self.images_at_once = shape[0] if isinstance(shape[0], int) else None
+        self.channels_last = shape[1] != 3
+        self.size = self._input_size(shape[1:3] if self.channels_last else shape[2:], crop_size)
+        self._try()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> OnnxNetwork:
+        """On a CUDA device onnxruntime computes there where its build can, else on the CPU; the file says the dtype."""
+        if torch.device(device).type == "cuda":
+            self.session = _session(self.path, "cuda")
+        return self
+
+    def __call__(self, crops: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Raw embeddings, float32 on the device of the crops; these are RGB in [0, 1] and at least one."""
+        pixels = self._pixels(crops)
+        step = self.images_at_once or len(pixels)
+        parts = [self._pass(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+        return torch.from_numpy(np.concatenate(parts)).to(crops.device)
+
+    def _input_shape(self) -> list[int | str | None]:
+        inputs = self.session.get_inputs()
+        shape = inputs[0].shape
+        if len(inputs) > 1 or inputs[0].type != "tensor(float)" or len(shape) != 4 or 3 not in (shape[1], shape[3]):
+            told = ", ".join(f"{found.name} {found.type} {found.shape}" for found in inputs[:3])
+            raise UserError(
+                f"{self.path} must take float32 images of 3 channels and nothing else, but takes {told}; "
+                "export the embedding network alone"
+            )
+        return shape
+
+    def _input_size(self, own: list[int | str | None], crop_size: tuple[int, int]) -> tuple[int, int]:
+        wanted = self.face.size or crop_size
+        height, width = (said if isinstance(said, int) else side for said, side in zip(own, wanted, strict=True))
+        if self.face.size not in (None, (height, width)):
+            raise UserError(
+                f"{self.path} takes images of {height}x{width} px, and the size of {self.face.name} is set to "
+                f"{wanted[0]}x{wanted[1]}; leave size out"
+            )
+        return height, width
+
+    def _try(self) -> None:
+        try:
+            shape = self(torch.zeros(2, 3, *self.size)).shape
+        except Exception as error:  # onnxruntime meets a foreign graph with whatever comes up
+            raise UserError(f"{self.path} cannot embed two images ({_reason(error)}); export the model again") from None
+        if len(shape) != 2 or shape[0] != 2 or shape[1] < 2:
+            raise UserError(
+                f"the first output of {self.path} has the shape {tuple(shape)} for two images, which is no embedding "
+                "an image; export the embedding as the first output"
+            )
+
+    def _pixels(self, crops: Tensor) -> np.ndarray:
+        crops = crops.float()
+        if crops.shape[2:] != self.size:
+            crops = F.interpolate(crops, self.size, mode="bilinear", align_corners=False)
+        if self.face.colour == "bgr":
+            crops = crops.flip(1)
+        mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (self.face.mean, self.face.std))
+        pixels = (crops.cpu().numpy() * 255 - mean) / std
+        return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)) if self.channels_last else pixels
+
+    def _pass(self, pixels: np.ndarray) -> np.ndarray:
+        """A file made for a number of images gets that many, the missing ones black."""
+        missing = (self.images_at_once or len(pixels)) - len(pixels)
+        batch = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        output = self.session.run(None, {self.session.get_inputs()[0].name: batch})[0]
+        return output.reshape(len(output), -1)[: len(pixels)].astype(np.float32)
+
+
+def _session(path: Path, device: str) -> InferenceSession:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise UserError(f"{path} needs the package onnxruntime, which is missing; run `make env`") from None
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; check the path of the ONNX model")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # else it warns of every initialiser that is listed as an input
+    usable = device == "cuda" and _CUDA in onnxruntime.get_available_providers()
+    providers = [*([_CUDA] if usable else []), "CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # onnxruntime meets a foreign file with whatever comes up
+        raise UserError(f"onnxruntime cannot load {path} ({_reason(error)}); export the model again") from None
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
