@@ -9,7 +9,7 @@ import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -75,6 +75,15 @@ class Tracking(Section):
     register_as: str | None = Field(default=None, min_length=1, max_length=250)
 
 
+class Workers(NamedTuple):
+    """How many workers a job has and what each holds; `section` is where that is configured."""
+
+    section: str
+    number: int
+    cpus: int
+    gpus: float
+
+
 class Config(Section):
     """The sections that every job has; a job adds its own."""
 
@@ -82,6 +91,11 @@ class Config(Section):
     train: Train = Train()
     generation: Generation = Generation()
     tracking: Tracking = Tracking()
+
+    @property
+    def workers(self) -> Workers:
+        """What the cluster must have room for."""
+        return Workers("train", self.train.num_workers, self.train.cpus_per_worker, self.train.gpus_per_worker)
 
 
 SomeConfig = TypeVar("SomeConfig", bound=Config)

@@ -40,11 +40,12 @@ def prepare(config: Config) -> None:
     if address is not None:
         _require_listener(address)
     else:
-        demanded, given = config.train.num_workers * config.train.cpus_per_worker, config.cluster.num_cpus
-        if given is not None and given < demanded:
+        section, number, cpus, _ = config.workers
+        given = config.cluster.num_cpus
+        if given is not None and given < number * cpus:
             raise UserError(
-                f"cluster.num_cpus = {given}, but train.num_workers x train.cpus_per_worker takes {demanded}; "
-                "raise the first or lower the others"
+                f"cluster.num_cpus = {given}, but {section}.num_workers x {section}.cpus_per_worker takes "
+                f"{number * cpus}; raise the first or lower the others"
             )
         # With 0 a Ray of one machine stays on the loopback address, else its control ports listen on every interface.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -72,7 +73,7 @@ def connected(config: Config) -> Iterator[None]:
         _require_room(config)
         yield
         return
-    demanded = config.train.num_workers * config.train.cpus_per_worker
+    demanded = config.workers.number * config.workers.cpus
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": True, "configure_logging": False}
     if address is None:
         cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, demanded)
@@ -148,11 +149,12 @@ def storage(config: Config) -> Path:
 def _require_room(config: Config) -> None:
     import ray
 
-    train, total = config.train, ray.cluster_resources()
-    for resource, each in (("CPU", train.cpus_per_worker), ("GPU", train.gpus_per_worker)):
-        demanded, present = train.num_workers * each, total.get(resource, 0)
+    section, number, cpus, gpus = config.workers
+    total = ray.cluster_resources()
+    for resource, each in (("CPU", cpus), ("GPU", gpus)):
+        demanded, present = number * each, total.get(resource, 0)
         if demanded > present:
             raise UserError(
-                f"train.num_workers = {train.num_workers} x {each} {resource} needs {demanded} {resource}, "
-                f"but the cluster has {present:g}; lower train.num_workers or add nodes"
+                f"{section}.num_workers = {number} x {each:g} {resource} needs {demanded:g} {resource}, "
+                f"but the cluster has {present:g}; lower {section}.num_workers or add nodes"
             )

@@ -11,8 +11,14 @@ from cluster.errors import UserError
 from jobs.oodface.corruptions import CORRUPTIONS
 from jobs.oodface.randomness import Random
 from jobs.oodface.scenario import SEVERITIES, Draws, Images, Scenario
+from jobs.oodface.variations import VARIATIONS
+from jobs.oodface.variations.base import Landmarks, Variation
 
-SCENARIOS: dict[str, type[Scenario]] = {one.name: one for one in CORRUPTIONS}
+SCENARIOS: dict[str, type[Scenario]] = {one.name: one for one in (*CORRUPTIONS, *VARIATIONS)}
+GROUPS = {
+    "corruptions": tuple(one.name for one in CORRUPTIONS),
+    "variations": tuple(one.name for one in VARIATIONS),
+}
 # as the authors' code and imagecorruptions call them
 ALIASES = {
     "glass_blur": "facial_distortion",
@@ -35,6 +41,21 @@ def find(name: str) -> Scenario:
     raise UserError(f"there is no scenario '{name}'; did you mean {near[0]}? All are: {', '.join(SCENARIOS)}")
 
 
+def selected(names: Sequence[str]) -> list[str]:
+    """The scenarios that a configuration names, in the paper's order: by name, category or group.
+
+    Raises:
+        UserError: a name that is none of these; the nearest is named.
+    """
+    categories = {one.category.lower(): [] for one in SCENARIOS.values()}
+    for one in SCENARIOS.values():
+        categories[one.category.lower()].append(one.name)
+    chosen: set[str] = set()
+    for name in names:
+        chosen |= {*(GROUPS.get(name) or categories.get(name.lower()) or [find(name).name])}
+    return [name for name in SCENARIOS if name in chosen]
+
+
 def require_severity(severity: int) -> int:
     """The severity itself.
 
@@ -52,6 +73,7 @@ def distort(
     severity: int | Sequence[int] | Int[Tensor, " batch"],
     keys: Int[Tensor, " batch"],
     truncate: bool = False,
+    landmarks: Landmarks | None = None,
 ) -> Images:
     """Images under a scenario, in [0, 1] and of the type and on the device that they came in.
 
@@ -64,9 +86,10 @@ def distort(
         severity: 1 to 5, one for all or one a sample.
         keys: what each sample's random numbers come from (`randomness.keys`).
         truncate: cuts to the 256 values of 8 bits, as the reference writes its files.
+        landmarks: where each face lies, for the variations; by default where aligners put it (`Variation.apply`).
 
     Raises:
-        UserError: an unknown scenario or severity.
+        UserError: an unknown scenario or severity, landmarks that are no face's.
     """
     one = find(scenario) if isinstance(scenario, str) else scenario
     levels = [severity] * len(images) if isinstance(severity, int) else [int(level) for level in severity]
@@ -75,7 +98,7 @@ def distort(
         require_severity(level)
         for part in _parts([at for at, other in enumerate(levels) if other == level], images, one):
             draws = one.draw(Random(keys[part], images.device), level, images.shape[2], images.shape[3])
-            changed = one.apply(images[part].float().contiguous(), level, draws)
+            changed = _changed(images[part], one, level, draws, None if landmarks is None else landmarks[part])
             if isinstance(part, slice) and not changed.requires_grad:
                 _finished(changed, truncate, result[part])
             else:
@@ -83,10 +106,23 @@ def distort(
     return result
 
 
-def apply(images: Images, scenario: Scenario, severity: int, draws: Draws, truncate: bool = False) -> Images:
+def apply(
+    images: Images,
+    scenario: Scenario,
+    severity: int,
+    draws: Draws,
+    truncate: bool = False,
+    landmarks: Landmarks | None = None,
+) -> Images:
     """Images under a scenario whose random parameters are given: float32, in [0, 1]."""
-    changed = scenario.apply(images.float().contiguous(), require_severity(severity), draws)
-    return _finished(changed, truncate, None)
+    return _finished(_changed(images, scenario, require_severity(severity), draws, landmarks), truncate, None)
+
+
+def _changed(images: Images, scenario: Scenario, severity: int, draws: Draws, landmarks: Landmarks | None) -> Images:
+    images = images.float().contiguous()
+    if isinstance(scenario, Variation):
+        return scenario.apply(images, severity, draws, landmarks)
+    return scenario.apply(images, severity, draws)
 
 
 def _finished(changed: Images, truncate: bool, out: Images | None) -> Images:

@@ -1,0 +1,216 @@
+"""Shards of faces through Ray Data: files are read and decoded beside the workers, each of which does whole shards.
+
+Every shard is a block that Ray moves as one row, so that it is neither cut nor merged; what it holds follows from the
+catalogue alone, and a finished one is left out after a restart.
+"""
+
+import logging
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster import datasets
+from cluster.errors import UserError
+from jobs.oodface.config import Oodface
+from jobs.oodface.pixels import decode
+from jobs.oodface.sources import contents
+
+if TYPE_CHECKING:
+    from jobs.oodface.work import Shard
+
+PAUSE_S = 30.0
+STAGES = ("align", "distort", "embed", "encode", "write")
+KERNELS = ("distort", "embed")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard to be made: `rows` of the catalogue, all readable when it was built."""
+
+    index: int
+    rows: pa.Table
+
+
+def tasks(rows: pa.Table, faces_per_shard: int) -> list[Task]:
+    """The catalogue's rows in order of their image_id, cut into shards."""
+    ordered = rows.sort_by("image_id")
+    starts = range(0, ordered.num_rows, faces_per_shard)
+    return [Task(index, ordered.slice(start, faces_per_shard)) for index, start in enumerate(starts)]
+
+
+def run(
+    todo: Sequence[Task], folder: Path, maker: Callable[[], Callable[["Shard"], pa.Table]], dials: Oodface
+) -> Iterator[dict[str, Any]]:
+    """Makes the shards in `folder` and yields a record of each, as they end.
+
+    Args:
+        maker: makes what turns a shard into its table, once a worker; it has a `clock`.
+
+    Raises:
+        JobFailure: the disk is full, a worker died again and again.
+    """
+    import ray
+
+    if not todo:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    workers = min(dials.num_workers, len(todo))
+    # reading and working take turns where a worker has one core; unequal shares keep Ray from making them one process
+    reading, working = (0.3, 0.7) if dials.cpus_per_worker == 1 else (1, dials.cpus_per_worker - 1)
+    whole = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    stream = (
+        ray.data.from_arrow([_block(task) for task in todo])
+        .map_batches(_decoded, num_cpus=reading, fn_kwargs={"longest": dials.longest_side}, **whole)
+        .map_batches(
+            _Worker,
+            fn_constructor_args=(maker, folder),
+            num_cpus=working,
+            num_gpus=dials.gpus_per_worker or None,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            **whole,
+        )
+    )
+    for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from batch.to_pylist()
+
+
+def summary(shards: Sequence[datasets.Shard], workers: int) -> dict[str, Any]:
+    """Where the time went: seconds a stage, share of the workers' wall time, processor time, images a second.
+
+    The wall time is that in which some worker was at a shard, and pauses between shards; not starts and restarts.
+    """
+    notes = [shard.note for shard in shards]
+    wall = _wall([(note["started"], note["ended"]) for note in notes])
+    seconds = {stage: sum(note["seconds"].get(stage, 0.0) for note in notes) for stage in STAGES}
+    rows, busy = sum(shard.rows for shard in shards), sum(note["ended"] - note["started"] for note in notes)
+    return {
+        "wall_seconds": round(wall, 2),
+        "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items() if value},
+        "decode_seconds": round(sum(note["decode_seconds"] for note in notes), 2),
+        "share_in_kernels": round(sum(seconds[stage] for stage in KERNELS) / (wall * workers), 4),
+        "share_waiting": round(1 - busy / (wall * workers), 4),
+        "processor_share": round(sum(note["processor_seconds"] for note in notes) / (wall * (os.cpu_count() or 1)), 4),
+        "rows": rows,
+        "rows_per_second": round(rows / wall, 1),
+        "peak_memory_gib": round(max(note["peak_memory_gib"] for note in notes), 2),
+    }
+
+
+def _wall(spans: Sequence[tuple[float, float]]) -> float:
+    """Seconds that the spans cover together, with gaps of less than `PAUSE_S` between them."""
+    total, (start, end) = 0.0, (0.0, 0.0)
+    for first, last in sorted(spans):
+        if first > end + PAUSE_S:
+            total, start = total + end - start, first
+        end = max(end, last)
+    return total + end - start
+
+
+class _Worker:
+    """A process of Ray Data that makes shards."""
+
+    def __init__(self, maker: Callable[[], Callable[["Shard"], pa.Table]], folder: Path) -> None:
+        self.make, self.folder = maker(), folder
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        from jobs.oodface.work import Shard
+
+        records = []
+        for row in batch.to_pylist():
+            started, processor = time.time(), time.process_time()
+            self.make.clock.seconds.clear()
+            pixels = [
+                np.frombuffer(data, np.uint8).reshape(height, width, 3)
+                for data, height, width in zip(row["pixels"], row["heights"], row["widths"], strict=True)
+            ]
+            note = {"faces": len(pixels), "lost": row["lost"], "no_face": []}
+            table = (
+                self.make.empty()
+                if not pixels
+                else self.make(Shard(row["index"], row["image_ids"], row["identities"], pixels))
+            )
+            note["no_face"] = table.filter(pc.invert(table["found"]))["image_id"].unique().to_pylist()
+            note |= {
+                "started": started,
+                "ended": time.time(),
+                "processor_seconds": time.process_time() - processor + row["decode_processor_seconds"],
+                "decode_seconds": row["decode_seconds"],
+                "seconds": dict(self.make.clock.seconds),
+                "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+            shard = datasets.write_shard(self.folder, row["index"], table, note)
+            records.append({"index": row["index"], "rows": shard.rows})
+        return pa.Table.from_pylist(records)
+
+
+def _block(task: Task) -> pa.Table:
+    columns = {name: [task.rows[name].to_pylist()] for name in ("image_id", "identity", "path", "row")}
+    types = {"image_id": pa.string(), "identity": pa.string(), "path": pa.string(), "row": pa.int64()}
+    arrays = {name: pa.array(values, pa.list_(types[name])) for name, values in columns.items()}
+    return pa.table({"index": pa.array([task.index], pa.int64())} | arrays)
+
+
+def _decoded(batch: pa.Table, longest: int) -> pa.Table:
+    """The pixels of a shard's images, as one row; what cannot be read any more is listed."""
+    rows = []
+    for row in batch.to_pylist():
+        start, processor = time.perf_counter(), time.process_time()
+        kept: dict[str, list] = {name: [] for name in ("image_ids", "identities", "pixels", "heights", "widths")}
+        lost = []
+        places = list(zip(row["path"], row["row"], strict=True))
+        for image_id, identity, data in zip(row["image_id"], row["identity"], contents(places), strict=True):
+            try:
+                if isinstance(data, UserError):
+                    raise data
+                pixels = _limited(decode(data)[0], longest)
+            except UserError as error:
+                lost.append({"image_id": image_id, "problem": str(error)})
+                continue
+            one = (image_id, identity, pixels.tobytes(), *pixels.shape[:2])
+            for values, value in zip(kept.values(), one, strict=True):
+                values.append(value)
+        timing = {
+            "decode_seconds": time.perf_counter() - start,
+            "decode_processor_seconds": time.process_time() - processor,
+        }
+        rows.append({"index": row["index"], "lost": lost} | kept | timing)
+    return pa.Table.from_pylist(rows, schema=_DECODED)
+
+
+_DECODED = pa.schema(
+    {
+        "index": pa.int64(),
+        "lost": pa.list_(pa.struct({"image_id": pa.string(), "problem": pa.string()})),
+        "image_ids": pa.list_(pa.string()),
+        "identities": pa.list_(pa.string()),
+        "pixels": pa.large_list(pa.large_binary()),
+        "heights": pa.list_(pa.int32()),
+        "widths": pa.list_(pa.int32()),
+        "decode_seconds": pa.float64(),
+        "decode_processor_seconds": pa.float64(),
+    }
+)
+
+
+def _limited(pixels: np.ndarray, longest: int) -> np.ndarray:
+    """Photographs of many megapixels are reduced before they are kept: a face in them stays large enough."""
+    height, width = pixels.shape[:2]
+    if max(height, width) <= longest:
+        return pixels
+    import cv2
+
+    scale = longest / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)

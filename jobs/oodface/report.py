@@ -1,0 +1,221 @@
+"""What a run shows: tables on the console, heat map, curves over severity, and a grid of one face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.oodface.scenarios import GROUPS, SCENARIOS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from jobs.oodface.catalogue import Catalogue
+    from jobs.oodface.job import Run
+
+RULE = "fixed"  # the threshold of the clean images is what a deployed system has
+GRID_FACES = 1
+STAND_IN = "procedural stand-ins, not the paper's generators"
+
+
+def corrupted(content: Mapping[str, Any]) -> None:
+    """The end of `corrupt` on the console."""
+    work = content["work"]
+    print(f"{content['rows']} images: {content['images']} faces under {content['conditions']} conditions")
+    _left_out(content)
+    if work:
+        print(f"{work['rows_per_second']:.0f} images/s; {work['share_in_kernels']:.0%} of the time in kernels")
+
+
+def evaluated(content: Mapping[str, Any]) -> None:
+    """The end of `evaluate` on the console: accuracies by category, at the threshold of the clean images."""
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(table(content))
+    _left_out(content)
+    if any(name in SCENARIOS and SCENARIOS[name].category in _varied() for name in _scenarios(content)):
+        console.print(f"Age, expression, rotation and accessories are {STAND_IN}.")
+
+
+def table(content: Mapping[str, Any], rule: str = RULE) -> Table:
+    """A row a model: clean accuracy, accuracy by category, and by how much it falls."""
+    from rich.table import Table
+
+    shown = Table(title=f"Accuracy at the {rule} threshold, with 95 % intervals", title_justify="left")
+    shown.add_column("model")
+    names = _columns(content, rule)
+    for name in names:
+        shown.add_column(name.rpartition("/")[2].replace("_", " ").replace(".selected", "*"))
+    for model, metrics in content["metrics"].items():
+        shown.add_row(model, *(_cell(metrics[f"{rule}/{name}"]) for name in names))
+    if any(name.endswith(".selected") for name in names):
+        shown.caption = "* of the chosen scenarios and severities only"
+    return shown
+
+
+def _columns(content: Mapping[str, Any], rule: str) -> list[str]:
+    metrics = next(iter(content["metrics"].values()))
+    names = [name.removeprefix(f"{rule}/") for name in metrics if name.startswith(f"{rule}/")]
+    chosen = [name for name in names if name == "acc/clean" or name.startswith("acc/category/")]
+    totals = ("acc/cor", "acc/var", "rce", "rve")
+    return chosen + [name for name in names if name.removesuffix(".selected") in totals]
+
+
+def _cell(metric: Mapping[str, Any]) -> str:
+    low, high = metric["ci95"]
+    return f"{metric['value']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _left_out(content: Mapping[str, Any]) -> None:
+    if content["no_face"]:
+        print(f"no face was found in {len(content['no_face'])} images; they were taken whole")
+    if content["lost"]:
+        print(f"{len(content['lost'])} images could not be read any more and were left out")
+
+
+def plots(content: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Heat map and curves, as files."""
+    place = folder / "plots"
+    place.mkdir(exist_ok=True)
+    written = []
+    for name, figure in {"heat_map.png": heat_map(content), "severity.png": curves(content)}.items():
+        if figure is not None:
+            figure.savefig(place / name, dpi=150)
+            written.append(place / name)
+    return written
+
+
+def heat_map(content: Mapping[str, Any]) -> Figure:
+    """Relative fall of accuracy, models by scenarios, at the threshold of the clean images."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    scenarios, models = _scenarios(content), list(content["metrics"])
+    falls = np.array([[_fall(content["metrics"][model], name) for name in scenarios] for model in models])
+    figure = Figure((3 + 0.42 * len(scenarios), 2.6 + 0.4 * len(models)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(100 * falls, cmap="magma_r", vmin=0, vmax=max(5.0, 100 * float(falls.max())), aspect="auto")
+    axes.set_xticks(range(len(scenarios)), [SCENARIOS[name].title for name in scenarios], rotation=60, ha="right")
+    axes.set_yticks(range(len(models)), models)
+    middle = 50 * float(falls.max())
+    for row, column in np.ndindex(falls.shape):
+        percent = 100 * falls[row, column]
+        colour = "white" if percent > middle else "black"
+        axes.text(column, row, f"{percent:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, label="fall of accuracy (% of clean)")
+    axes.set_title("Relative corruption and variation errors, mean over severities")
+    return figure
+
+
+def curves(content: Mapping[str, Any]) -> Figure | None:
+    """Accuracy over severity: corruptions and variations, a line a model, with 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in ("cor", "var") if any(_at(content, kind))]
+    if not kinds:
+        return None
+    figure = Figure((5 * len(kinds), 4), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    titles = {"cor": "Corruptions", "var": f"Variations ({STAND_IN.partition(',')[0]})"}
+    for axes, kind in zip(panels, kinds, strict=True):
+        severities = _at(content, kind)
+        for model, metrics in content["metrics"].items():
+            found = [_severity(metrics, kind, severity) for severity in severities]
+            clean = metrics[f"{RULE}/acc/clean"]
+            shown = [clean, *found]
+            values = [one["value"] for one in shown]
+            lows = [value - one["ci95"][0] for value, one in zip(values, shown, strict=True)]
+            highs = [one["ci95"][1] - value for value, one in zip(values, shown, strict=True)]
+            axes.errorbar([0, *severities], values, yerr=(lows, highs), label=model, marker="o", capsize=2)
+        axes.set(title=titles[kind], xlabel="severity", ylabel="accuracy, threshold of the clean images")
+        axes.set_xticks([0, *severities], ["clean", *map(str, severities)])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def pictures(run: Run, found: Catalogue, content: Mapping[str, Any]) -> list[Path]:
+    """The first readable face under every scenario and severity of the run, as a file."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    from jobs.oodface.pixels import decode
+    from jobs.oodface.sources import contents
+    from jobs.oodface.work import Shard
+
+    without = {*content["no_face"], *(one["image_id"] for one in content["lost"])}
+    table = pq.read_table(found.manifest.files(found.folder)[0], columns=["image_id", "path", "row", "readable"])
+    for row in table.filter(pc.field("readable")).slice(0, len(without) + 1).to_pylist():
+        data = next(contents([(row["path"], row["row"])]))
+        if row["image_id"] not in without and isinstance(data, bytes):
+            path = run.folder / "plots" / "grid.png"
+            path.parent.mkdir(exist_ok=True)
+            grid(run, Shard(0, [row["image_id"]], [None], [decode(data)[0]])).savefig(path, dpi=100)
+            return [path]
+    return []
+
+
+def grid(run: Run, shard: Any) -> Figure:
+    """One face, scenarios downwards and severities to the right, in two blocks."""
+    import math
+
+    from matplotlib.figure import Figure
+
+    from jobs.oodface.faces.align import ARCFACE
+    from jobs.oodface.job import work_plan
+    from jobs.oodface.work import CLEAN, Faces
+
+    faces = Faces(work_plan(run.config, run.conditions))
+    crops = faces.aligned(shard, [ARCFACE])[ARCFACE.name]
+    scenarios = list(dict.fromkeys(name for name, severity in run.conditions if severity))
+    severities = sorted({severity for _, severity in run.conditions if severity})
+    blocks = 2 if len(scenarios) > 5 else 1
+    rows, width = math.ceil(len(scenarios) / blocks), len(severities) + 1
+    figure = Figure((1.15 * (width * blocks + 0.9 * blocks), 1.15 * rows + 0.4))
+    for at, name in enumerate(scenarios):
+        block, row = divmod(at, rows)
+        for column, severity in enumerate([0, *severities]):
+            condition = (name, severity) if severity else CLEAN
+            left = (0.95 * (block + 1) + block * width + column) / (width * blocks + 0.95 * blocks)
+            size = (0.97 / (width * blocks + 0.95 * blocks), 0.97 / (rows + 0.35))
+            axes = figure.add_axes((left, (rows - 1 - row) / (rows + 0.35), *size))
+            axes.imshow(faces.under(crops, shard.image_ids, *condition)[0].permute(1, 2, 0).cpu().numpy())
+            axes.axis("off")
+            if row == 0:
+                axes.set_title(str(severity) if severity else "clean", fontsize=9)
+            if column == 0:
+                label = SCENARIOS[name].title + ("*" if name in GROUPS["variations"] else "")
+                axes.text(
+                    -0.06, 0.5, label.replace(" ", "\n"), ha="right", va="center", transform=axes.transAxes, fontsize=9
+                )
+    return figure
+
+
+def _scenarios(content: Mapping[str, Any]) -> list[str]:
+    metrics = next(iter(content["metrics"].values()))
+    return [name for name in SCENARIOS if _fall(metrics, name) is not None]
+
+
+def _fall(metrics: Mapping[str, Any], name: str) -> float | None:
+    for kind in ("rce", "rve"):
+        for ending in ("", ".selected"):
+            if found := metrics.get(f"{RULE}/{kind}/{name}{ending}"):
+                return found["value"]
+    return None
+
+
+def _severity(metrics: Mapping[str, Any], kind: str, severity: int) -> Mapping[str, Any] | None:
+    name = f"{RULE}/acc/{kind}/severity/{severity}"
+    return metrics.get(name) or metrics.get(f"{name}.selected")
+
+
+def _at(content: Mapping[str, Any], kind: str) -> list[int]:
+    metrics = next(iter(content["metrics"].values()))
+    return [severity for severity in range(1, 6) if _severity(metrics, kind, severity)]
+
+
+def _varied() -> set[str]:
+    return {SCENARIOS[name].category for name in GROUPS["variations"]}

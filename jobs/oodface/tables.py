@@ -1,0 +1,150 @@
+"""Parquet files with a column of images, and image data sets of the hub made into such files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cluster import datasets as stored
+from cluster.errors import UserError
+from cluster.report import digest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "face")
+IDENTITY_COLUMNS = ("identity", "name", "person", "label")
+ROWS_PER_SHARD = 2_000
+_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<subset>[^:@]+))?(@(?P<split>[^:@]+))?")
+
+
+class Table:
+    """A parquet file with a column of images; of its groups of rows the last one read is kept.
+
+    Raises:
+        UserError: it is no parquet file, or has no column of images that stands out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path = path
+        try:
+            self.file = pq.ParquetFile(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            told = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be read as parquet ({told}); remove or replace it") from None
+        counts = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(int)
+        self.column = self._image_column()
+        self.group, self.images = -1, []
+
+    def _image_column(self) -> str:
+        from pyarrow import types
+
+        schema = self.file.schema_arrow
+        fit = [
+            field.name
+            for field in schema
+            if types.is_binary(field.type)
+            or types.is_large_binary(field.type)
+            or (types.is_struct(field.type) and "bytes" in {inner.name for inner in field.type})
+        ]
+        named = [name for name in IMAGE_COLUMNS if name in fit]
+        if not (named or len(fit) == 1):
+            raise UserError(
+                f"{self.path} has {len(fit)} columns that could hold images ({', '.join(schema.names)}); call the "
+                f"right one {IMAGE_COLUMNS[0]}, with the bytes of a file in each row"
+            )
+        return (named or fit)[0]
+
+    def labels(self) -> Iterator[tuple[str | None, str | None]]:
+        """What each row calls its image and its person."""
+        schema = self.file.schema_arrow
+        identity = next((name for name in IDENTITY_COLUMNS if name in schema.names), None)
+        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        classes = dict(enumerate((about.get(identity) or {}).get("names") or ()))
+        columns = [name for name in (identity, "image_id", f"{self.column}.path") if name]
+        for group in range(self.file.num_row_groups):
+            count = int(self.starts[group + 1] - self.starts[group])
+            for row in self.file.read_row_group(group, columns=columns).to_pylist() or [{}] * count:
+                person = row.get(identity)
+                person = None if person is None else classes.get(person, str(person))
+                own = (row.get(self.column) or {}).get("path")
+                if own and person is not None and "/" not in own:
+                    own = f"{person}/{own}"
+                called = row.get("image_id")
+                yield own if called is None else str(called), person
+
+    def image(self, row: int) -> bytes | UserError:
+        """The bytes of an image, or why there are none."""
+        group = int(np.searchsorted(self.starts, row, side="right")) - 1
+        if not 0 <= group < self.file.num_row_groups:
+            return UserError(f"has no row {row}")
+        if group != self.group:
+            column = self.file.read_row_group(group, columns=[self.column])[self.column]
+            self.group, self.images = group, column.to_pylist()
+        value = self.images[row - self.starts[group]]
+        data = value.get("bytes") if isinstance(value, dict) else value
+        return UserError(f"holds no image in row {row}") if data is None else data
+
+
+def hub(location: str, work: Path) -> Path:
+    """A folder of parquet files with the image data set `location` of the Hugging Face hub, or of its local cache.
+
+    Args:
+        location: owner/name, owner/name:SUBSET, owner/name@SPLIT or both.
+        work: the files are put below it; those of an earlier call are kept.
+
+    Raises:
+        UserError: no such data set, subset or split, no column of images in it, or the hub cannot be reached and the
+            data set is not cached.
+    """
+    import datasets
+    from datasets.table import embed_table_storage
+
+    table = _hub_table(location)
+    column = next((name for name, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
+    if column is None:
+        raise UserError(f"data set {location} has no column of images, only {', '.join(table.column_names)}")
+    kept = [name for name in table.column_names if name in {column, "image_id", *IDENTITY_COLUMNS}]
+    table = table.select_columns(kept).cast_column(column, datasets.Image(decode=False)).with_format("arrow")
+    configuration = {"data_set": location, "fingerprint": table._fingerprint, "rows_per_shard": ROWS_PER_SHARD}
+    target = work / f"hub-{digest(configuration)}"
+    starts = range(0, len(table), ROWS_PER_SHARD)
+    done = stored.prepare(target, configuration)
+    for index, start in enumerate(starts):
+        if index not in done:
+            part = embed_table_storage(table[start : start + ROWS_PER_SHARD])
+            stored.write_shard(target, index, part)
+    stored.finish(target, configuration, range(len(starts)))
+    return target
+
+
+def _hub_table(location: str) -> Dataset:
+    import datasets
+
+    asked = _HUB.fullmatch(location)
+    if asked is None:
+        raise UserError(f"hub:{location} is no data set of the hub; write owner/name, owner/name:SUBSET or with @SPLIT")
+    name, subset, split = asked["name"], asked["subset"], asked["split"] or "train"
+    try:
+        return datasets.load_dataset(name, subset, split=split)
+    except datasets.exceptions.DatasetNotFoundError:
+        raise UserError(f"the hub has no data set {name} that you may read; check its name") from None
+    except OSError:
+        raise UserError(
+            f"data set {name} is not in the local cache and the hub cannot be reached; load it where there is a "
+            "network, or name a local folder"
+        ) from None
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        told = str(error).splitlines()[0]
+        raise UserError(
+            f"data set {name} gives no split {split} of {subset or 'its default subset'} ({told})"
+        ) from None

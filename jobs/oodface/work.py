@@ -1,0 +1,257 @@
+"""What happens to one shard of faces: align once, then every scenario and severity, then write or embed.
+
+Knows no Ray. A shard's content depends on its images and the plan alone: not on the size of the batches, the number
+of workers or what ran before.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jobs.oodface.config import Corrupt
+from jobs.oodface.corruptions.occlusion import Frost
+from jobs.oodface.defences import defended
+from jobs.oodface.faces import models
+from jobs.oodface.faces.align import TEMPLATES, Template, align
+from jobs.oodface.faces.config import OnnxFace
+from jobs.oodface.faces.detector import load_detector
+from jobs.oodface.randomness import keys
+from jobs.oodface.scenario import Images, Scenario
+from jobs.oodface.scenarios import distort, find
+from jobs.oodface.variations.base import Landmarks, fitting
+
+CLEAN = ("clean", 0)
+NONE = "none"  # no defence
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to every shard.
+
+    conditions: scenario and severity, ("clean", 0) for the crop as it is.
+    """
+
+    conditions: tuple[tuple[str, int], ...]
+    seed: int
+    truncate: bool
+    frost: str | None
+    batch_size: int
+    device: str = "cpu"
+    threads: int = 1
+
+
+@dataclass
+class Shard:
+    """Decoded images that belong together: `pixels` are (height, width, 3) uint8 each."""
+
+    index: int
+    image_ids: list[str]
+    identities: list[str | None]
+    pixels: list[np.ndarray]
+
+
+@dataclass
+class Clock:
+    """Seconds a stage took; on a GPU, until its kernels were done."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Crops:
+    """A shard's faces at one template; the landmarks of a face that was not found are the template's own."""
+
+    images: Images
+    landmarks: Landmarks
+    found: list[bool]
+
+
+class Faces:
+    """Detects and aligns on a device, and puts crops under the plan's conditions."""
+
+    def __init__(self, plan: Plan) -> None:
+        torch.set_num_threads(plan.threads)
+        self.plan, self.device = plan, torch.device(plan.device)
+        self.detector = load_detector(self.device)
+        self.scenarios = {name: _configured(name, plan) for name, severity in plan.conditions if severity}
+        self.clock = Clock(self.device)
+
+    def aligned(self, shard: Shard, templates: Sequence[Template]) -> dict[str, Crops]:
+        """The crops at each template, by its name."""
+        with self.clock("align"):
+            images = [_image(one, self.device) for one in shard.pixels]
+            faces = self.detector.portraits(images)
+            found = {}
+            for template in templates:
+                made = align(images, faces, template)
+                landmarks = fitting(made.landmarks, made.crops)
+                found[template.name] = Crops(made.crops, landmarks, made.found.tolist())
+            return found
+
+    def under(self, crops: Crops, image_ids: Sequence[str], scenario: str, severity: int) -> Images:
+        """The crops under a condition."""
+        with self.clock("distort"):
+            if (scenario, severity) == CLEAN:
+                return (crops.images * 255).floor_().div_(255) if self.plan.truncate else crops.images
+            drawn = keys(image_ids, scenario, severity, self.plan.seed)
+            step = self.plan.batch_size
+            parts = [slice(start, start + step) for start in range(0, len(image_ids), step)]
+            one, truncate = self.scenarios[scenario], self.plan.truncate
+            return torch.cat(
+                [
+                    distort(crops.images[part], one, severity, drawn[part], truncate, crops.landmarks[part])
+                    for part in parts
+                ]
+            )
+
+
+class Writer:
+    """Encodes every condition of a shard: a table of images, or of the files that it wrote."""
+
+    def __init__(self, plan: Plan, dials: Corrupt, folder: Path) -> None:
+        self.faces, self.dials, self.folder = Faces(plan), dials, folder
+        self.clock = self.faces.clock
+
+    def __call__(self, shard: Shard) -> pa.Table:
+        """Rows: image_id, identity, scenario, severity, found, and image {bytes, path} or file and sha256."""
+        template = TEMPLATES[self.dials.template]
+        crops = self.faces.aligned(shard, [template])[template.name]
+        rows: list[dict[str, Any]] = []
+        for scenario, severity in self.faces.plan.conditions:
+            images = self.faces.under(crops, shard.image_ids, scenario, severity)
+            with self.clock("encode"):
+                files = encoded(images, self.dials.format, self.dials.quality)
+            with self.clock("write"):
+                for at, file in enumerate(files):
+                    row = {
+                        "image_id": shard.image_ids[at],
+                        "identity": shard.identities[at],
+                        "scenario": scenario,
+                        "severity": severity,
+                        "found": crops.found[at],
+                    }
+                    rows.append(row | self._kept(row, file))
+        return pa.Table.from_pylist(rows, schema=self._schema())
+
+    def empty(self) -> pa.Table:
+        """The table of a shard of which no image could be read."""
+        return self._schema().empty_table()
+
+    def _kept(self, row: dict[str, Any], file: bytes) -> dict[str, Any]:
+        name = Path(row["scenario"], str(row["severity"]), f"{row['image_id']}.{SUFFIXES[self.dials.format]}")
+        if self.dials.output == "parquet":
+            return {"image": {"bytes": file, "path": str(name)}}
+        from cluster.datasets import write_file
+
+        return {"file": str(name), "sha256": write_file(self.folder / name, file)}
+
+    def _schema(self) -> pa.Schema:
+        text = pa.string()
+        columns = [("image_id", text), ("identity", text), ("scenario", text), ("severity", pa.int8())]
+        columns.append(("found", pa.bool_()))
+        if self.dials.output == "parquet":
+            columns.append(("image", pa.struct([("bytes", pa.binary()), ("path", text)])))
+        else:
+            columns += [("file", text), ("sha256", text)]
+        return pa.schema(columns)
+
+
+class Embedder:
+    """Asks the face models about every condition of a shard, without the images touching the disk."""
+
+    def __init__(self, plan: Plan, entries: Sequence[str | OnnxFace], defences: Sequence[str]) -> None:
+        self.faces, self.defences = Faces(plan), (NONE, *defences)
+        self.models = [models.load(entry, plan.device) for entry in entries]
+        self.clock = self.faces.clock
+
+    def __call__(self, shard: Shard) -> pa.Table:
+        """Rows: image_id, scenario, severity, defence, model, found, embedding (float32, of length 1)."""
+        templates = {model.template.name: model.template for model in self.models}
+        crops = self.faces.aligned(shard, list(templates.values()))
+        parts = []
+        for scenario, severity in self.faces.plan.conditions:
+            changed = {name: self.faces.under(crops[name], shard.image_ids, scenario, severity) for name in templates}
+            for model in self.models:
+                for defence in self.defences:
+                    with self.clock("embed"):
+                        embeddings = self._embedded(model, changed[model.template.name], defence, shard.image_ids)
+                    found = crops[model.template.name].found
+                    parts.append(
+                        _embedding_rows(shard.image_ids, scenario, severity, defence, model.name, found, embeddings)
+                    )
+        return pa.concat_tables(parts)
+
+    def empty(self) -> pa.Table:
+        """The table of a shard of which no image could be read."""
+        template = self.models[0].template
+        crop = torch.zeros(1, 3, template.height, template.width, device=self.faces.device)
+        embedding = self.models[0].embed(crop).cpu().numpy()
+        return _embedding_rows([""], *CLEAN, NONE, "", [False], embedding).slice(0, 0)
+
+    def _embedded(
+        self, model: models.FaceModel, images: Images, defence: str, image_ids: Sequence[str]
+    ) -> Float[np.ndarray, "images dim"]:
+        if defence == NONE:
+            return model.embed(images).cpu().numpy()
+        drawn = keys(image_ids, defence, 0, self.faces.plan.seed)
+        forms = [model.embed(form) for form in defended(images, defence, drawn)]
+        return torch.nn.functional.normalize(torch.stack(forms).mean(0)).cpu().numpy()
+
+
+SUFFIXES = {"png": "png", "webp": "webp", "jpeg": "jpg"}
+
+
+def encoded(images: Images, format: str, quality: int) -> list[bytes]:
+    """Image files of the crops; png and webp are lossless."""
+    import cv2
+
+    options = {
+        "png": [cv2.IMWRITE_PNG_COMPRESSION, 1],
+        "webp": [cv2.IMWRITE_WEBP_QUALITY, 101],  # above 100: lossless
+        "jpeg": [cv2.IMWRITE_JPEG_QUALITY, quality],
+    }[format]
+    pixels = (images * 255).to(torch.uint8).cpu().numpy()
+    return [cv2.imencode(f".{SUFFIXES[format]}", cv2.merge(one[::-1]), options)[1].tobytes() for one in pixels]
+
+
+def _configured(name: str, plan: Plan) -> Scenario:
+    return Frost(Path(plan.frost)) if name == Frost.name and plan.frost else find(name)
+
+
+def _image(pixels: np.ndarray, device: torch.device) -> Float[Tensor, "3 height width"]:
+    return torch.tensor(pixels, device=device).permute(2, 0, 1).float().div_(255)
+
+
+def _embedding_rows(
+    image_ids: Sequence[str],
+    scenario: str,
+    severity: int,
+    defence: str,
+    model: str,
+    found: list[bool],
+    embeddings: Float[np.ndarray, "images dim"],
+) -> pa.Table:
+    count, size = embeddings.shape
+    constant = {"scenario": scenario, "defence": defence, "model": model}
+    columns = {"image_id": pa.array(image_ids), "severity": pa.array([severity] * count, pa.int8())}
+    columns |= {name: pa.array([value] * count) for name, value in constant.items()}
+    flat = pa.array(np.ascontiguousarray(embeddings, np.float32).reshape(-1))
+    return pa.table(columns | {"found": pa.array(found), "embedding": pa.FixedSizeListArray.from_arrays(flat, size)})

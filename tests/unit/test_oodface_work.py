@@ -1,0 +1,183 @@
+"""Shards without a cluster: what a shard holds, how it is cut, where the time went, and what stands before a model."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from cluster.config import load
+from cluster.datasets import Shard as Written
+from cluster.errors import UserError
+from jobs.oodface import pipeline, scoring
+from jobs.oodface.config import Corrupt, OodfaceConfig
+from jobs.oodface.defences import NAMES, defended
+from jobs.oodface.job import catalogue_lines, dry_run, prepare
+from jobs.oodface.protocols import Pairs
+from jobs.oodface.randomness import keys
+from jobs.oodface.scenarios import SCENARIOS, selected
+from jobs.oodface.work import CLEAN, Embedder, Plan, Shard, Writer, encoded
+
+CONDITIONS = (CLEAN, ("fog", 2), ("zoom_blur", 5), ("makeup", 3))
+
+
+def plan(batch_size: int) -> Plan:
+    return Plan(CONDITIONS, 0, True, None, batch_size)
+
+
+@pytest.fixture(scope="module")
+def shard() -> Shard:
+    generator = np.random.default_rng(0)
+    pixels = [generator.integers(0, 255, (90 + 10 * one, 120, 3), dtype=np.uint8) for one in range(5)]
+    return Shard(0, [f"p{one}/i" for one in range(5)], ["p0", "p1", None, "p3", "p4"], pixels)
+
+
+def test_a_shard_does_not_depend_on_the_batch(shard, tmp_path):
+    tables = [Writer(plan(size), Corrupt(), tmp_path)(shard) for size in (2, 128)]
+    assert tables[0].equals(tables[1])
+    assert tables[0].num_rows == 5 * len(CONDITIONS)
+    assert tables[0]["found"].to_pylist() == [False] * tables[0].num_rows  # noise is no face
+    assert tables[0].schema == Writer(plan(2), Corrupt(), tmp_path).empty().schema
+    first = Image.open(io.BytesIO(tables[0]["image"][0].as_py()["bytes"]))
+    assert first.size == (112, 112)
+
+
+def test_folders_hold_the_files_that_the_table_names(shard, tmp_path):
+    dials = Corrupt(output="folders", format="jpeg", template="dlib_yunet")
+    table = Writer(plan(16), dials, tmp_path)(shard)
+    for row in table.to_pylist():
+        path = tmp_path / row["file"]
+        assert path.parts[-4:-2] == (row["scenario"], str(row["severity"]))
+        assert Image.open(path).size == (150, 150)
+    assert not list(tmp_path.rglob(".writing*"))
+
+
+def test_embeddings_have_a_row_a_model_and_defence(shard):
+    embedder = Embedder(plan(16), ["dlib_resnet"], ["jpeg"])
+    table = embedder(shard)
+    assert table.num_rows == 5 * len(CONDITIONS) * 2
+    assert embedder.empty().schema == table.schema
+    norms = np.linalg.norm(np.array(table["embedding"].to_pylist()), axis=1)
+    assert norms == pytest.approx(1, abs=1e-5)
+    assert set(embedder.clock.seconds) == {"align", "distort", "embed"}
+    pairs = Pairs(
+        np.array([0, 0, 1]), np.array([True, False, True]), ("p0/i", "p1/i", "p2/i"), ("p3/i", "p4/i", "?"), ()
+    )
+    rows = {condition: (ids, found) for condition, ids, found in scoring._by_condition(table.slice(0, 5))}
+    assert list(rows) == [CLEAN]
+    scores = scoring.pair_scores(pairs, *rows[CLEAN])
+    assert np.isnan(scores[2])
+    assert (np.abs(scores[:2]) <= 1).all()
+
+
+@pytest.mark.parametrize("format", ["png", "webp"])
+def test_lossless_files_give_the_pixels_back(format):
+    images = torch.randint(0, 256, (2, 3, 20, 30)).float() / 255
+    for image, file in zip(images, encoded(images, format, 95), strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+        assert np.array_equal(pixels, (image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_shards_follow_the_image_ids_alone():
+    rows = pa.table({"image_id": ["c", "a", "b", "e", "d"], "path": list("12345")})
+    cut = pipeline.tasks(rows, 2)
+    assert [task.index for task in cut] == [0, 1, 2]
+    assert [task.rows["image_id"].to_pylist() for task in cut] == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_what_cannot_be_read_any_more_is_listed_and_large_photographs_are_reduced(tmp_path):
+    Image.new("RGB", (400, 100), (10, 20, 30)).save(tmp_path / "a.png")
+    rows = {
+        "image_id": ["a", "gone"],
+        "identity": ["A", None],
+        "path": [str(tmp_path / "a.png"), str(tmp_path / "gone.png")],
+        "row": [None, None],
+    }
+    block = pipeline._block(pipeline.Task(7, pa.table(rows)))
+    [row] = pipeline._decoded(block, 200).to_pylist()
+    assert (row["index"], row["image_ids"], row["heights"], row["widths"]) == (7, ["a"], [50], [200])
+    assert [one["image_id"] for one in row["lost"]] == ["gone"]
+    assert row["pixels"][0][:3] == bytes([10, 20, 30])
+
+
+def test_the_wall_time_leaves_out_the_hours_between_two_drivers():
+    def note(started: float, ended: float) -> Written:
+        made = {"started": started, "ended": ended, "seconds": {"distort": 1.0, "embed": 2.0}, "decode_seconds": 0.5}
+        return Written("part-00000.parquet", 10, 1, "", (), made | {"processor_seconds": 4.0, "peak_memory_gib": 1.0})
+
+    found = pipeline.summary([note(0, 5), note(6, 10), note(5000, 5010)], 1)
+    assert found["wall_seconds"] == 20
+    assert found["share_in_kernels"] == pytest.approx(9 / 20)
+    assert found["share_waiting"] == pytest.approx(1 / 20)
+    assert found["rows_per_second"] == 1.5
+
+
+def test_defences_do_what_they_say():
+    images = torch.rand(3, 3, 40, 60)
+    drawn = keys(["a", "b", "c"], "resize_pad", 0)
+    [steps] = defended(images, "bit_depth", drawn)
+    assert set((steps * 255).round().int().unique().tolist()) <= {*range(0, 256, 8), 255}
+    assert (steps - images).abs().max() <= 4 / 255 + 1e-6
+    forms = defended(images, "resize_pad", drawn)
+    assert len(forms) == 10
+    assert all(((form.sum(1) == 0).float().mean((1, 2)) < 0.2).all() for form in forms)
+    assert torch.equal(forms[0], defended(images, "resize_pad", drawn)[0])
+    assert not torch.equal(forms[0], forms[1])
+    assert set(NAMES) == {"jpeg", "bit_depth", "resize_pad"}
+
+
+def test_scenarios_are_chosen_by_name_category_or_group():
+    assert selected(["sensor", "fog"]) == ["fog", "defocus_blur", "color_shift", "pixelate"]
+    assert len(selected(["corruptions", "variations"])) == len(SCENARIOS) == 30
+    with pytest.raises(UserError, match="did you mean makeup"):
+        selected(["make-up"])
+
+
+def test_a_run_is_named_by_what_decides_its_result(tmp_path, monkeypatch, capsys):
+    (tmp_path / "pairs.csv").write_text("fold,same,image_a,image_b\n0,1,a/a_0001,a/a_0002\n0,0,a/a_0001,b/b_0001\n")
+    monkeypatch.setenv("RAYWARD_STORAGE", str(tmp_path / "results"))
+    base = [f"oodface.images={tmp_path}", f"oodface.evaluate.pairs={tmp_path / 'pairs.csv'}"]
+    base += ["oodface.evaluate.models=[dlib_resnet]", "oodface.scenarios=[fog]"]
+
+    def identity(*sets: str) -> str:
+        config = load(OodfaceConfig, sets=[*base, *sets])
+        return prepare(config, None, "", "evaluate").state["identity"]
+
+    assert identity("oodface.num_workers=2", "oodface.batch_size=7") == identity()
+    others = ["oodface.seed=1", "oodface.severities=[1]", "oodface.evaluate.resamples=500", "oodface.scenarios=[snow]"]
+    assert len({identity(one) for one in others} | {identity()}) == 5
+    dry_run(load(OodfaceConfig, sets=base), "evaluate")
+    assert "6 versions of each image: fog" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        ([], "oodface.images is not set"),
+        (["oodface.images=."], "oodface.evaluate.pairs is not set"),
+    ],
+)
+def test_what_is_missing_is_asked_for(sets, told):
+    with pytest.raises(UserError, match=told):
+        prepare(load(OodfaceConfig, sets=sets, environ={}), None, "", "evaluate")
+
+
+def test_a_user_reads_what_is_wrong_with_the_images():
+    summary = {
+        "images": 9,
+        "readable": 2,
+        "identities": 1,
+        "unreadable": {"count": 7, "list": [{"path": f"{one}.png", "problem": "is empty"} for one in range(7)]},
+        "duplicates": {"groups": 1, "exact": 2, "near": 0, "list": []},
+        "conflicts": {"count": 1, "list": [{"group": "a", "images": ["a", "b"], "identities": ["x", "y"]}]},
+    }
+    lines = catalogue_lines(summary)
+    assert lines[0] == "2 of 9 images can be read, of 1 identities"
+    assert lines[1] == "left out: 0.png is empty"
+    assert lines[6] == "left out: 2 more, listed in the catalogue"
+    assert lines[-1] == "one picture under two names: a, b"
