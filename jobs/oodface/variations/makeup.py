@@ -88,5 +88,5 @@ def lip_cover(window: Images, light: Plane, part: Face, mouth: Mouth) -> Plane:
     coloured = saturation(window) / saturation(mouth.lips).clamp(min=DARKEST)
     # a lip's gleam looks like teeth too
     teeth = smooth((0.92 - coloured) / 0.2) * smooth((light - 0.95) / 0.25) * (0.5 + 0.5 * band.sure)
-    dark = smooth((0.5 - light) / 0.2) * band.sure
+    dark = smooth((0.5 - light) / 0.2)
     return shape * (1 - teeth * smooth(bump(((y - middle) / 0.5).square()) / 0.2)) * (1 - dark)
