@@ -1,7 +1,8 @@
-"""`python -m jobs.oodface`: corrupt, evaluate."""
+"""`python -m jobs.oodface`: corrupt, evaluate, draw."""
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -53,6 +54,21 @@ def evaluate(
         job.dry_run(loaded, "evaluate")
         return
     print(job.evaluate(loaded, out, fresh, _command()))
+
+
+@app.command()
+def draw(
+    out: Annotated[Path, typer.Option("--out", help="A new folder.")],
+    people: Annotated[int, typer.Option(min=1, max=100_000)] = 40,
+    shots: Annotated[int, typer.Option(min=1, max=1000, help="Portraits a person.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, max=2**31)] = 0,
+) -> None:
+    """Draw portraits of people that do not exist, with pairs, to try the other commands without photographs."""
+    from cluster.errors import paths_named
+    from jobs.oodface import drawn
+
+    with paths_named():
+        print(drawn.write(out, people, shots, seed))
 
 
 def _command() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,13 @@ from PIL import Image
 from cluster.config import load
 from cluster.datasets import Shard as Written
 from cluster.errors import UserError
-from jobs.oodface import pipeline, scoring
+from jobs.oodface import drawn, pipeline, scoring
 from jobs.oodface.config import Corrupt, OodfaceConfig
 from jobs.oodface.defences import NAMES, defended
+from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.job import catalogue_lines, dry_run, prepare
 from jobs.oodface.protocols import Pairs
+from jobs.oodface.protocols import load as load_pairs
 from jobs.oodface.randomness import keys
 from jobs.oodface.scenarios import SCENARIOS, selected
 from jobs.oodface.work import CLEAN, Embedder, Plan, Shard, Writer, encoded
@@ -114,6 +117,20 @@ def test_the_wall_time_leaves_out_the_hours_between_two_drivers():
     assert found["share_in_kernels"] == pytest.approx(9 / 20)
     assert found["share_waiting"] == pytest.approx(1 / 20)
     assert found["rows_per_second"] == 1.5
+
+
+def test_drawn_people_have_faces_and_pairs(tmp_path):
+    written = drawn.write(tmp_path / "drawn", people=10, shots=2)
+    dials = load(OodfaceConfig, files=[written], environ={}).oodface
+    pairs = load_pairs("csv", Path(dials.evaluate.pairs))
+    assert (len(pairs), pairs.balanced()) == (20, True)
+    assert all((Path(dials.images) / f"{image}.png").exists() for image in pairs.images())
+    images = [drawn.portrait(drawn.Person.of(one), one) for one in range(4)]
+    faces = load_detector().portraits([torch.tensor(np.asarray(one)).permute(2, 0, 1) / 255 for one in images])
+    assert all(face is not None and face.score > 0.7 for face in faces)
+    assert np.array_equal(np.asarray(images[0]), np.asarray(drawn.portrait(drawn.Person.of(0), 0)))
+    with pytest.raises(UserError, match="is not empty"):
+        drawn.write(tmp_path / "drawn")
 
 
 def test_defences_do_what_they_say():

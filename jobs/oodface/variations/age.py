@@ -51,10 +51,9 @@ class AgeDecrease(Variation):
             # shadows of wrinkles go sooner than light; what is stronger than either is a feature
             weak = 1 - smooth(detail.clamp(min=0) / 0.12 - detail.clamp(max=0) / 0.2)
             even = even - detail * weak * (cover * strength)[:, None]
-        fresh = 1 + 0.08 * strength
-        livelier = 1 + 0.15 * strength
-        shade = even * (fresh + 0.01 * strength - fresh * livelier) + (even - light) * (fresh * livelier - 1)
-        young = images + (even - light) + (images * (fresh * livelier - 1) + shade) * cover[:, None]
+        tint = images - light
+        lively = (1 + 0.09 * strength) * (even + (1 + 0.15 * strength) * tint)
+        young = paint(even + tint, lively, cover)
         u, v = face.fitted()
         cheeks = bump(((u.abs() - 0.55) / 0.42).square() + ((v - 0.62) / 0.38).square()) * cover * strength
         brown = brown * greyness(hair, skin) * strength * 0.9
