@@ -34,8 +34,8 @@ class Contrast(Scenario):
 
     def apply(self, images: Images, severity: int, draws: Draws) -> Images:
         """(x - m) c + m."""
-        # a mean image by image, in double precision: its last bits then do not depend on the batch
-        mean = torch.stack([image.double().mean((1, 2), keepdim=True) for image in images]).to(images.dtype)
+        # in double precision the last bits of a sum do not depend on how a batch is shared among threads
+        mean = images.mean((2, 3), keepdim=True, dtype=torch.float64).to(images.dtype)
         return torch.lerp(mean, images, self.level(severity))
 
 
