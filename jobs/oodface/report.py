@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from jobs.oodface.job import Run
 
 RULE = "fixed"  # the threshold of the clean images is what a deployed system has
-GRID_FACES = 1
 STAND_IN = "procedural stand-ins, not the paper's generators"
 
 
@@ -160,15 +159,13 @@ def pictures(run: Run, found: Catalogue, content: Mapping[str, Any]) -> list[Pat
 
 def grid(run: Run, shard: Any) -> Figure:
     """One face, scenarios downwards and severities to the right, in two blocks."""
-    import math
-
     from matplotlib.figure import Figure
 
     from jobs.oodface.faces.align import ARCFACE
     from jobs.oodface.job import work_plan
     from jobs.oodface.work import CLEAN, Faces
 
-    faces = Faces(work_plan(run.config, run.conditions))
+    faces = Faces(replace(work_plan(run.config, run.conditions), device="cpu"))  # the driver's machine may have no other
     crops = faces.aligned(shard, [ARCFACE])[ARCFACE.name]
     scenarios = list(dict.fromkeys(name for name, severity in run.conditions if severity))
     severities = sorted({severity for _, severity in run.conditions if severity})
