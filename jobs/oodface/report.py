@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +167,8 @@ def grid(run: Run, shard: Any) -> Figure:
     from jobs.oodface.job import work_plan
     from jobs.oodface.work import CLEAN, Faces
 
-    faces = Faces(replace(work_plan(run.config, run.conditions), device="cpu"))  # the driver's machine may have no other
+    plan = work_plan(run.config, run.conditions)
+    faces = Faces(replace(plan, device="cpu"))  # the driver's machine may have nothing else
     crops = faces.aligned(shard, [ARCFACE])[ARCFACE.name]
     scenarios = list(dict.fromkeys(name for name, severity in run.conditions if severity))
     severities = sorted({severity for _, severity in run.conditions if severity})
