@@ -84,9 +84,9 @@ def write(folder: Path, people: int = 40, shots: int = 3, seed: int = 0) -> Path
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {folder} is not empty; name a new folder")
-    if people < FOLDS or shots < 2:
+    if people < 2 * FOLDS or shots < 2:
         raise UserError(
-            f"{people} people in {shots} portraits are too few; take at least {FOLDS} people and 2 portraits"
+            f"{people} people in {shots} portraits are too few; take at least {2 * FOLDS} people and 2 portraits"
         )
     names = [f"Drawn_{number:03d}" for number in range(people)]
     lines = ["fold,same,image_a,image_b"]

@@ -117,6 +117,7 @@ def centre_zoom(images: Planes, zoom: float) -> Planes:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def box_matrix(length: int, reduced: int) -> Float[Tensor, "reduced length"]:
     """Row i averages the pixels whose centres lie in the i-th of `reduced` equal boxes: Pillow's BOX, whole pixels."""
     scale = length / reduced
@@ -126,6 +127,7 @@ def box_matrix(length: int, reduced: int) -> Float[Tensor, "reduced length"]:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def box_taps(length: int, reduced: int, device: torch.device) -> list[tuple[Tensor, Float[Tensor, "reduced 1"]]]:
     """The same as pairs (rows to take, their weights), as many as the largest box has pixels."""
     matrix = box_matrix(length, reduced)
@@ -136,6 +138,7 @@ def box_taps(length: int, reduced: int, device: torch.device) -> list[tuple[Tens
 
 
 @lru_cache
+@torch.inference_mode(False)
 def nearest_index(length: int, reduced: int, device: torch.device) -> Int[Tensor, " length"]:
     """Of which reduced pixel each of `length` pixels is a copy; ties fall as in Pillow, which adds step upon step."""
     step = reduced / length

@@ -1,5 +1,6 @@
 """OODFace from a configuration to a report: a catalogue of the images, every scenario in shards, scores of models."""
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from cluster.errors import UserError, paths_named
 from cluster.report import digest, read_json, write_json
 from cluster.tracking import masked
 from jobs.oodface import catalogue, protocols
-from jobs.oodface.config import OodfaceConfig
+from jobs.oodface.config import Oodface, OodfaceConfig
+from jobs.oodface.corruptions.occlusion import require_textures
 from jobs.oodface.scenarios import SCENARIOS, selected
 from jobs.oodface.sources import LAYOUTS
 
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "numpy", "kornia", "opencv-python-headless", "pillow", "ray", "pyspark")
 CLEAN = ("clean", 0)
-# what decides how fast shards are made and not what they hold
+VERSION = 1  # of what shards hold: another number makes all of them again
+# what decides how fast shards are made and not what they hold; scenarios and severities count as conditions
 SPEED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "corrupt", "evaluate"}
+SPEED |= {"scenarios", "severities", "clean"}
 
 
 @dataclass
@@ -53,11 +57,10 @@ def corrupt(config: OodfaceConfig, out: Path | None = None, fresh: bool = False,
     with paths_named():
         run = prepare(config, out, command, "corrupt")
         runs.claim(run, fresh)
-    finished = run.folder / "report.json"
-    if finished.exists():
-        return _told(run, read_json(finished), report.corrupted)
     with runs.exclusively(run.folder):
         found = _catalogue(run)
+        if (content := _finished(run, found)) is not None:
+            return _told(run, content, report.corrupted)
         with session.connected(config), _tracked(run) as tracker:
             folder = run.folder / "shards"
             content, manifest = _made(run, found, _usable(found), folder, _writer(run))
@@ -76,11 +79,10 @@ def evaluate(config: OodfaceConfig, out: Path | None = None, fresh: bool = False
     with paths_named():
         run = prepare(config, out, command, "evaluate")
         runs.claim(run, fresh)
-    finished = run.folder / "report.json"
-    if finished.exists():
-        return _told(run, read_json(finished), report.evaluated)
     with runs.exclusively(run.folder):
         found = _catalogue(run)
+        if (content := _finished(run, found)) is not None:
+            return _told(run, content, report.evaluated)
         rows = _usable(found)
         pairs = protocols.present(run.pairs, rows["image_id"].to_pylist(), config.oodface.evaluate.missing)
         rows = rows.filter(pa.compute.is_in(rows["image_id"], pa.array(pairs.images())))
@@ -100,6 +102,7 @@ def evaluate(config: OodfaceConfig, out: Path | None = None, fresh: bool = False
 def prepare(config: OodfaceConfig, out: Path | None, command: str, what: str) -> Run:
     """Finds what is wrong with configuration, models and pairs before anything is started or written."""
     session.prepare(config)
+    config = _resolved(config)
     dials = config.oodface
     if not dials.images:
         raise UserError(
@@ -111,12 +114,15 @@ def prepare(config: OodfaceConfig, out: Path | None, command: str, what: str) ->
     pairs, versions = None, {}
     if what == "evaluate":
         pairs, versions = _pairs(config), _versions(config)
+    else:
+        _require_small_shards(dials, len(conditions) + dials.clean)
+    if dials.frost is not None:
+        require_textures(Path(dials.frost))
     if dials.clean or what == "evaluate":
         conditions.insert(0, CLEAN)
     own = dials.model_dump(exclude=SPEED) | {what: getattr(dials, what).model_dump()}
-    own["images"] = str(_absolute(dials.images))
     told = None if pairs is None else [list(map(int, pairs.fold)), pairs.same.tolist(), pairs.image_a, pairs.image_b]
-    identity = digest([what, own, dict(versions), told])
+    identity = digest([VERSION, what, own, conditions, dict(versions), told])
     folder = (out or session.storage(config) / "oodface" / f"{what}-{identity}").resolve()
     return Run(config, folder, command, tuple(conditions), pairs, versions, {"identity": identity})
 
@@ -143,7 +149,7 @@ def work_plan(config: OodfaceConfig, conditions: Sequence[tuple[str, int]]) -> "
         tuple(conditions),
         dials.seed,
         dials.truncate,
-        dials.frost and str(_absolute(dials.frost)),
+        dials.frost,
         dials.batch_size,
         "cuda" if gpu else "cpu",
         1 if gpu else max(1, dials.cpus_per_worker - (dials.cpus_per_worker > 2)),
@@ -176,11 +182,11 @@ def _versions(config: OodfaceConfig) -> dict[str, str]:
 def _catalogue(run: Run) -> catalogue.Catalogue:
     """The images' catalogue, shared by all runs on them."""
     dials = run.config.oodface
-    place = _absolute(dials.images)
-    folder = session.storage(run.config) / "oodface" / f"catalogue-{digest([dials.layout, str(place)])}"
+    folder = session.storage(run.config) / "oodface" / f"catalogue-{digest([dials.layout, dials.images])}"
     with run.phase("catalogue"), runs.exclusively(folder, wait_s=3600):
         print(f"catalogue of {dials.images}: {folder}", flush=True)
-        found = catalogue.build(dials.layout, str(place), folder, dials.near_duplicates, run.config.workers.cpus)
+        cores = min(os.cpu_count() or 1, run.config.workers.number * run.config.workers.cpus)
+        found = catalogue.build(dials.layout, dials.images, folder, dials.near_duplicates, cores)
     for line in catalogue_lines(found.summary):
         print(line, flush=True)
     return found
@@ -199,6 +205,18 @@ def catalogue_lines(summary: Mapping[str, Any]) -> list[str]:
     for group in summary["conflicts"]["list"][:5]:
         lines.append(f"one picture under two names: {', '.join(group['images'][:4])}")
     return lines
+
+
+def _finished(run: Run, found: catalogue.Catalogue) -> dict[str, Any] | None:
+    """The report that an earlier driver wrote.
+
+    Raises:
+        UserError: the images are others by now.
+    """
+    content = read_json(run.folder / "report.json")
+    if content is not None and content["data_digests"] != {run.config.oodface.images: found.manifest.digest}:
+        raise UserError(f"the images have changed since {run.folder} was made; --fresh makes it anew")
+    return content
 
 
 def _usable(found: catalogue.Catalogue) -> pa.Table:
@@ -234,10 +252,13 @@ def _made(
     missing = [task for task in todo if task.index not in done]
     print(f"{len(done)} of {len(todo)} shards are there already", flush=True)
     count, start = 0, time.monotonic()
+    before = run.state.get("seconds", {}).get("shards", 0.0)  # of drivers that did not come to the end
     with run.phase("shards"):
         for number, record in enumerate(pipeline.run(missing, folder, maker, dials), len(done) + 1):
             count += record["rows"]
             print(f"shard {number}/{len(todo)}  {count / (time.monotonic() - start):.0f} images/s", flush=True)
+    seconds = run.state["seconds"]
+    run.save(seconds=seconds | {"shards": round(seconds["shards"] + before, 2)})
     manifest = datasets.finish(folder, configuration, [task.index for task in todo])
     notes = [shard.note for shard in manifest.shards]
     lost = [image for note in notes for image in note["lost"]]
@@ -247,7 +268,7 @@ def _made(
         "rows": manifest.rows,
         "no_face": sorted({image for note in notes for image in note["no_face"]}),
         "lost": lost,
-        "work": pipeline.summary(manifest.shards, dials.num_workers),
+        "work": pipeline.summary(manifest.shards, min(dials.num_workers, len(todo))),
         "seconds": run.state["seconds"],
     }
     return content, manifest
@@ -280,7 +301,32 @@ def _told(run: Run, content: dict[str, Any], show: Callable[[dict[str, Any]], No
     return run.folder / "report.json"
 
 
-def _absolute(place: str) -> Path:
-    """A path as it is meant on this machine; the name of a hub data set stays as it is."""
-    path = Path(place).expanduser()
-    return path.resolve() if path.exists() else path
+def _resolved(config: OodfaceConfig) -> OodfaceConfig:
+    """With absolute paths, for workers have other working folders; the name of a hub data set stays as it is."""
+    dials = config.oodface
+    changes: dict[str, Any] = {"frost": dials.frost and _absolute(dials.frost)}
+    if dials.images and dials.layout != "hub":
+        changes["images"] = _absolute(dials.images)
+    entries = [
+        one if isinstance(one, str) else one.model_copy(update={"path": _absolute(one.path)})
+        for one in dials.evaluate.models
+    ]
+    changes["evaluate"] = dials.evaluate.model_copy(update={"models": entries})
+    return config.model_copy(update={"oodface": dials.model_copy(update=changes)})
+
+
+def _absolute(place: str) -> str:
+    return str(Path(place).expanduser().resolve())
+
+
+def _require_small_shards(dials: Oodface, conditions: int) -> None:
+    """A column of parquet holds 2 GiB of a shard's images, which as noise are as large as their pixels."""
+    from jobs.oodface.faces.align import TEMPLATES
+
+    template = TEMPLATES[dials.corrupt.template]
+    most = (1 << 31) // (conditions * template.height * template.width * 3 + 1)
+    if dials.corrupt.output == "parquet" and dials.faces_per_shard > most:
+        raise UserError(
+            f"oodface.faces_per_shard = {dials.faces_per_shard} x {conditions} versions may exceed the 2 GiB that a "
+            f"shard's images can have; lower it to {most}"
+        )

@@ -5,7 +5,6 @@ catalogue alone, and a finished one is left out after a restart.
 """
 
 import logging
-import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster import datasets
-from cluster.errors import UserError
+from cluster.errors import JobFailure, UserError
 from jobs.oodface.config import Oodface
 from jobs.oodface.pixels import decode
 from jobs.oodface.sources import contents
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from jobs.oodface.work import Shard
 
 PAUSE_S = 30.0
+RESTARTS = 2  # of a worker, and of a shard whose worker died
 STAGES = ("align", "distort", "embed", "encode", "write")
 KERNELS = ("distort", "embed")
 
@@ -68,7 +68,8 @@ def run(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     workers = min(dials.num_workers, len(todo))
     # reading and working take turns where a worker has one core; unequal shares keep Ray from making them one process
-    reading, working = (0.3, 0.7) if dials.cpus_per_worker == 1 else (1, dials.cpus_per_worker - 1)
+    spare = dials.cpus_per_worker - 1
+    reading, working = (0.3, 0.7) if not spare else (1, 1 if dials.gpus_per_worker else spare)
     whole = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     stream = (
         ray.data.from_arrow([_block(task) for task in todo])
@@ -79,15 +80,23 @@ def run(
             num_cpus=working,
             num_gpus=dials.gpus_per_worker or None,
             compute=ray.data.ActorPoolStrategy(size=workers),
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
             **whole,
         )
     )
-    for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()
+    try:
+        for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
+    except ray.exceptions.RayActorError as error:
+        raise JobFailure(
+            f"a worker died {RESTARTS + 1} times ({str(error).splitlines()[0]}); where memory ran out lower "
+            "oodface.faces_per_shard or oodface.num_workers, and run the same command again to continue"
+        ) from error
 
 
 def summary(shards: Sequence[datasets.Shard], workers: int) -> dict[str, Any]:
-    """Where the time went: seconds a stage, share of the workers' wall time, processor time, images a second.
+    """Where the time went: seconds a stage, shares of the workers' wall time, processors kept busy, images a second.
 
     The wall time is that in which some worker was at a shard, and pauses between shards; not starts and restarts.
     """
@@ -101,7 +110,7 @@ def summary(shards: Sequence[datasets.Shard], workers: int) -> dict[str, Any]:
         "decode_seconds": round(sum(note["decode_seconds"] for note in notes), 2),
         "share_in_kernels": round(sum(seconds[stage] for stage in KERNELS) / (wall * workers), 4),
         "share_waiting": round(1 - busy / (wall * workers), 4),
-        "processor_share": round(sum(note["processor_seconds"] for note in notes) / (wall * (os.cpu_count() or 1)), 4),
+        "processors_busy": round(sum(note["processor_seconds"] for note in notes) / wall, 2),
         "rows": rows,
         "rows_per_second": round(rows / wall, 1),
         "peak_memory_gib": round(max(note["peak_memory_gib"] for note in notes), 2),
@@ -174,7 +183,7 @@ def _decoded(batch: pa.Table, longest: int) -> pa.Table:
             try:
                 if isinstance(data, UserError):
                     raise data
-                pixels = _limited(decode(data)[0], longest)
+                pixels = limited(decode(data)[0], longest)
             except UserError as error:
                 lost.append({"image_id": image_id, "problem": str(error)})
                 continue
@@ -204,7 +213,7 @@ _DECODED = pa.schema(
 )
 
 
-def _limited(pixels: np.ndarray, longest: int) -> np.ndarray:
+def limited(pixels: np.ndarray, longest: int) -> np.ndarray:
     """Photographs of many megapixels are reduced before they are kept: a face in them stays large enough."""
     height, width = pixels.shape[:2]
     if max(height, width) <= longest:

@@ -65,8 +65,8 @@ class Random:
         return unit(self.bits(*shape)).mul_(high - low).add_(low)
 
     def integers(self, low: int, high: int, *shape: int) -> Int[Tensor, "batch ..."]:
-        """(batch, *shape) int64, uniform in [low, high); the range holds at most 2^20 values."""
-        return unit(self.bits(*shape)).mul_(high - low).to(torch.int64).add_(low)
+        """(batch, *shape) int64, uniform in [low, high), at most 2^31 values, each to 2^-32."""
+        return (self.bits(*shape).to(torch.int64) & (WORD - 1)).mul_(high - low).bitwise_right_shift_(32).add_(low)
 
     def normal(self, *shape: int) -> Float[Tensor, "batch ..."]:
         """(batch, *shape) float32, standard normal by Box and Muller; no value lies beyond 5.7."""

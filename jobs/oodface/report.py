@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import UserError
 from jobs.oodface.scenarios import GROUPS, SCENARIOS
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def pictures(run: Run, found: Catalogue, content: Mapping[str, Any]) -> list[Pat
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    from jobs.oodface.pipeline import limited
     from jobs.oodface.pixels import decode
     from jobs.oodface.sources import contents
     from jobs.oodface.work import Shard
@@ -151,11 +153,16 @@ def pictures(run: Run, found: Catalogue, content: Mapping[str, Any]) -> list[Pat
     table = pq.read_table(found.manifest.files(found.folder)[0], columns=["image_id", "path", "row", "readable"])
     for row in table.filter(pc.field("readable")).slice(0, len(without) + 1).to_pylist():
         data = next(contents([(row["path"], row["row"])]))
-        if row["image_id"] not in without and isinstance(data, bytes):
-            path = run.folder / "plots" / "grid.png"
-            path.parent.mkdir(exist_ok=True)
-            grid(run, Shard(0, [row["image_id"]], [None], [decode(data)[0]])).savefig(path, dpi=100)
-            return [path]
+        if row["image_id"] in without or isinstance(data, UserError):
+            continue
+        try:
+            pixels = limited(decode(data)[0], run.config.oodface.longest_side)
+        except UserError:  # it has changed since; the shards are made
+            continue
+        path = run.folder / "plots" / "grid.png"
+        path.parent.mkdir(exist_ok=True)
+        grid(run, Shard(0, [row["image_id"]], [None], [pixels])).savefig(path, dpi=100)
+        return [path]
     return []
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import torch
 from jaxtyping import Int
@@ -52,7 +53,15 @@ def selected(names: Sequence[str]) -> list[str]:
         categories[one.category.lower()].append(one.name)
     chosen: set[str] = set()
     for name in names:
-        chosen |= {*(GROUPS.get(name) or categories.get(name.lower()) or [find(name).name])}
+        known = GROUPS.get(name.lower()) or categories.get(name.lower())
+        if known is None and name not in SCENARIOS and name not in ALIASES:
+            titles = {one.category for one in SCENARIOS.values()}
+            [near] = difflib.get_close_matches(name, [*SCENARIOS, *ALIASES, *GROUPS, *titles], 1, 0)
+            raise UserError(
+                f"there is no scenario '{name}'; did you mean {near}? There are the groups {', '.join(GROUPS)}, the "
+                f"categories {', '.join(sorted(titles))}, and {', '.join(SCENARIOS)}"
+            )
+        chosen |= {*(known or [find(name).name])}
     return [name for name in SCENARIOS if name in chosen]
 
 
@@ -77,8 +86,8 @@ def distort(
 ) -> Images:
     """Images under a scenario, in [0, 1] and of the type and on the device that they came in.
 
-    A sample depends on its image, severity and key alone: on a CPU bit for bit, between devices to about 1e-5 before
-    truncation.
+    A sample depends on its image, severity and key alone: on a CPU bit for bit. Another device differs by about 1e-5,
+    and by a step of 8 bits where a scenario itself rounds, as snow does, or compares with a threshold.
 
     Args:
         images: RGB in [0, 1].
@@ -89,10 +98,12 @@ def distort(
         landmarks: where each face lies, for the variations; by default where aligners put it (`Variation.apply`).
 
     Raises:
-        UserError: an unknown scenario or severity, landmarks that are no face's.
+        UserError: an unknown scenario or severity, images that are no RGB floats, severities or keys that are not one
+            an image, landmarks that are no face's.
     """
     one = find(scenario) if isinstance(scenario, str) else scenario
-    levels = [severity] * len(images) if isinstance(severity, int) else [int(level) for level in severity]
+    levels = [int(severity)] * len(images) if isinstance(severity, Integral) else torch.as_tensor(severity).tolist()
+    _require_batch(images, levels, keys)
     result = torch.empty_like(images)
     for level in dict.fromkeys(levels):
         require_severity(level)
@@ -104,6 +115,15 @@ def distort(
             else:
                 result[part] = _finished(changed, truncate, None).to(images.dtype)
     return result
+
+
+def _require_batch(images: Images, levels: Sequence[int], keys: Int[Tensor, " batch"]) -> None:
+    shape = tuple(images.shape)
+    if not images.is_floating_point() or len(shape) != 4 or shape[1] != 3:
+        raise UserError(f"images of {images.dtype} and shape {shape} are no (batch, 3, height, width) floats in [0, 1]")
+    if not len(levels) == len(keys) == len(images):
+        given = f"{len(levels)} and {len(keys)}"
+        raise UserError(f"{len(images)} images need as many severities and keys; {given} were given")
 
 
 def apply(
@@ -128,10 +148,13 @@ def _changed(images: Images, scenario: Scenario, severity: int, draws: Draws, la
 def _finished(changed: Images, truncate: bool, out: Images | None) -> Images:
     """Clipped to [0, 1], on the 256 steps of 8 bits where asked, in `out` if it is given."""
     if truncate:
-        changed = changed.clamp(0, 1).mul_(255).floor_().div_(255)
+        steps = changed.clamp(0, 1).mul_(255).floor_()
+        if out is None or out.dtype != steps.dtype:
+            return steps.div_(255) if out is None else out.copy_(steps.div_(255))
+        return torch.div(steps, 255, out=out)
     if out is None:
         return changed.clamp(0, 1)
-    return torch.clamp(changed, 0, 1, out=out) if out.dtype == changed.dtype else out.copy_(changed.clamp_(0, 1))
+    return torch.clamp(changed, 0, 1, out=out) if out.dtype == changed.dtype else out.copy_(changed.clamp(0, 1))
 
 
 def _parts(members: list[int], images: Images, scenario: Scenario) -> Iterator[slice | list[int]]:

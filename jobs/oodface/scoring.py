@@ -56,7 +56,9 @@ def _scores(
 
 
 def _by_condition(table: Any) -> Iterator[tuple[Condition, list[str], np.ndarray]]:
-    """A shard's table holds the rows of a condition together."""
+    """A shard's table holds the rows of a condition together; one whose images were all lost has none."""
+    if not table.num_rows:
+        return
     scenarios, severities = table["scenario"].to_numpy(), table["severity"].to_numpy()
     embeddings = table["embedding"].combine_chunks()
     flat = embeddings.flatten().to_numpy().reshape(len(embeddings), -1)

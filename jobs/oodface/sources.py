@@ -132,7 +132,8 @@ def parquet(root: Path) -> Iterator[Located]:
         found = path.stat()
         for number, (own, person) in enumerate(Table(path).labels()):
             image_id = f"{stem}/{number:06d}" if own is None else without_suffix(own)
-            yield Located(image_id, person, str(path), number, found.st_size, found.st_mtime_ns)
+            problem = None if _stays_inside(image_id) else f"is called {image_id!r}, which no folder can hold"
+            yield Located(image_id, person, str(path), number, found.st_size, found.st_mtime_ns, problem)
 
 
 LAYOUTS: Mapping[str, Callable[[Path], Iterator[Located]]] = {
@@ -171,6 +172,12 @@ def without_suffix(name: str, suffixes: Iterable[str] = SUFFIXES) -> str:
     """A path without the extension of an image; other dots belong to the name."""
     suffix = PurePosixPath(name).suffix
     return name.removesuffix(suffix) if suffix.lower() in suffixes else name
+
+
+def _stays_inside(image_id: str) -> bool:
+    """Whether a file of that name lies in the folder that it is put in: names come from files of others."""
+    parts = PurePosixPath(image_id).parts
+    return bool(parts) and not image_id.startswith("/") and ".." not in parts and "\0" not in image_id
 
 
 def _entries(place: Path) -> list[Path]:

@@ -4,6 +4,8 @@ Knows no Ray. A shard's content depends on its images and the plan alone: not on
 of workers or what ran before.
 """
 
+import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cluster.errors import UserError
 from jobs.oodface.config import Corrupt
 from jobs.oodface.corruptions.occlusion import Frost
 from jobs.oodface.defences import defended
@@ -102,15 +105,16 @@ class Faces:
             found = {}
             for template in templates:
                 made = align(images, faces, template)
-                landmarks = fitting(made.landmarks, made.crops)
-                found[template.name] = Crops(made.crops, landmarks, made.found.tolist())
+                # aligners write files of 8 bits, and scenarios act on those
+                crops = (made.crops * 255).round_().div_(255) if self.plan.truncate else made.crops
+                found[template.name] = Crops(crops, fitting(made.landmarks, crops), made.found.tolist())
             return found
 
     def under(self, crops: Crops, image_ids: Sequence[str], scenario: str, severity: int) -> Images:
         """The crops under a condition."""
         with self.clock("distort"):
             if (scenario, severity) == CLEAN:
-                return (crops.images * 255).floor_().div_(255) if self.plan.truncate else crops.images
+                return crops.images
             drawn = keys(image_ids, scenario, severity, self.plan.seed)
             step = self.plan.batch_size
             parts = [slice(start, start + step) for start in range(0, len(image_ids), step)]
@@ -149,6 +153,8 @@ class Writer:
                         "found": crops.found[at],
                     }
                     rows.append(row | self._kept(row, file))
+                if self.dials.output == "folders":
+                    os.sync()  # once a condition, before the shard's entry says that its files are there
         return pa.Table.from_pylist(rows, schema=self._schema())
 
     def empty(self) -> pa.Table:
@@ -161,7 +167,10 @@ class Writer:
             return {"image": {"bytes": file, "path": str(name)}}
         from cluster.datasets import write_file
 
-        return {"file": str(name), "sha256": write_file(self.folder / name, file)}
+        target = self.folder / name
+        if not target.resolve().is_relative_to(self.folder.resolve()):
+            raise UserError(f"the image {row['image_id']!r} would be written outside {self.folder}; rename it")
+        return {"file": str(name), "sha256": write_file(target, file)}
 
     def _schema(self) -> pa.Schema:
         text = pa.string()
@@ -171,7 +180,11 @@ class Writer:
             columns.append(("image", pa.struct([("bytes", pa.binary()), ("path", text)])))
         else:
             columns += [("file", text), ("sha256", text)]
-        return pa.schema(columns)
+        schema = pa.schema(columns)
+        features = {field.name: {"dtype": str(field.type), "_type": "Value"} for field in schema}
+        if self.dials.output == "parquet":
+            features["image"] = {"_type": "Image"}  # what makes `datasets` decode the column
+        return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
 class Embedder:
@@ -201,19 +214,19 @@ class Embedder:
 
     def empty(self) -> pa.Table:
         """The table of a shard of which no image could be read."""
-        template = self.models[0].template
-        crop = torch.zeros(1, 3, template.height, template.width, device=self.faces.device)
-        embedding = self.models[0].embed(crop).cpu().numpy()
-        return _embedding_rows([""], *CLEAN, NONE, "", [False], embedding).slice(0, 0)
+        return _embedding_rows([], *CLEAN, NONE, "", [], np.zeros((0, 1), np.float32))
 
     def _embedded(
         self, model: models.FaceModel, images: Images, defence: str, image_ids: Sequence[str]
     ) -> Float[np.ndarray, "images dim"]:
         if defence == NONE:
-            return model.embed(images).cpu().numpy()
+            return self._asked(model, images).cpu().numpy()
         drawn = keys(image_ids, defence, 0, self.faces.plan.seed)
-        forms = [model.embed(form) for form in defended(images, defence, drawn)]
+        forms = [self._asked(model, form) for form in defended(images, defence, drawn)]
         return torch.nn.functional.normalize(torch.stack(forms).mean(0)).cpu().numpy()
+
+    def _asked(self, model: models.FaceModel, images: Images) -> Float[Tensor, "images dim"]:
+        return torch.cat([model.embed(part) for part in images.split(self.faces.plan.batch_size)])
 
 
 SUFFIXES = {"png": "png", "webp": "webp", "jpeg": "jpg"}
@@ -250,8 +263,11 @@ def _embedding_rows(
     embeddings: Float[np.ndarray, "images dim"],
 ) -> pa.Table:
     count, size = embeddings.shape
+    text = pa.string()
     constant = {"scenario": scenario, "defence": defence, "model": model}
-    columns = {"image_id": pa.array(image_ids), "severity": pa.array([severity] * count, pa.int8())}
-    columns |= {name: pa.array([value] * count) for name, value in constant.items()}
+    columns = {"image_id": pa.array(image_ids, text), "severity": pa.array([severity] * count, pa.int8())}
+    columns |= {name: pa.array([value] * count, text) for name, value in constant.items()}
     flat = pa.array(np.ascontiguousarray(embeddings, np.float32).reshape(-1))
-    return pa.table(columns | {"found": pa.array(found), "embedding": pa.FixedSizeListArray.from_arrays(flat, size)})
+    starts = pa.array(np.arange(count + 1) * size, pa.int32())  # models differ in size
+    embedding = pa.ListArray.from_arrays(starts, flat)
+    return pa.table(columns | {"found": pa.array(found, pa.bool_()), "embedding": embedding})

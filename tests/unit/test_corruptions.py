@@ -120,6 +120,31 @@ def test_a_severity_that_does_not_exist(severity):
         distort(faces(1), "fog", severity, keys(ids(1), "fog", 1))
 
 
+@pytest.mark.parametrize(
+    ("images", "severity", "count", "told"),
+    [
+        (torch.zeros(2, 3, 8, 8), [1], 2, "2 images need as many severities and keys; 1 and 2"),
+        (torch.zeros(2, 3, 8, 8), 1, 1, "2 images need as many severities and keys; 2 and 1"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 1, 2, "uint8"),
+        (torch.zeros(2, 1, 8, 8), 1, 2, r"\(2, 1, 8, 8\)"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused(images, severity, count, told):
+    with pytest.raises(UserError, match=told):
+        distort(images, "fog", severity, keys(ids(count), "fog", 1))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("shot_noise", "jpeg_compression")])
+def test_gradients_reach_the_images(name):
+    with torch.inference_mode():
+        distort(faces(2), name, 2, keys(ids(2), name, 2))  # what is kept from it must not be in the way
+    images = faces(2).requires_grad_(True)
+    distort(images, name, 2, keys(ids(2), name, 2)).sum().backward()
+    assert images.grad.isfinite().all()
+    # pixels that are cut to 8 bits in between, or covered, have none
+    assert images.grad.abs().sum() > 0 or name == "facial_distortion"
+
+
 def test_bits_and_normals_are_distributed_as_they_should():
     random = Random(keys(ids(64), "test", 1))
     bits = random.bits(4096)
@@ -134,6 +159,9 @@ def test_bits_and_normals_are_distributed_as_they_should():
     assert abs((normal[1:] * normal[:-1]).mean()) < 5 / math.sqrt(normal.numel())
     whole = random.integers(-3, 4, 5000).flatten()
     assert stats.chisquare(torch.bincount(whole + 3).numpy()).pvalue > 1e-4
+    far = random.integers(0, 50_000_000, 5000).flatten()
+    assert len(far.unique()) > 0.99 * len(far)
+    assert stats.kstest(far.numpy() / 5e7, "uniform").pvalue > 1e-4
 
 
 @pytest.mark.parametrize("photons", [60, 12, 3])
@@ -151,6 +179,13 @@ def test_shot_noise_counts_are_poisson(photons, value):
     pooled = ([*seen[common], seen[~common].sum()], [*expected[common], counts.numel() - expected[common].sum()])
     assert stats.chisquare(*pooled).pvalue > 1e-4 or pooled[1][-1] < 1
     assert abs(counts.float().mean() - mean) < 5 * math.sqrt(mean / counts.numel())
+
+
+def test_a_rest_too_small_to_count_does_not_depend_on_the_batch():
+    near, whole = torch.full((1, 3, 40, 40), (100 + 9e-4) / 255), torch.full((1, 3, 40, 40), 0.5)
+    bits = Random(keys(ids(2), "shot", 1)).bits(3, 40, 40)
+    together = poisson(torch.cat([near, whole]), 60, bits)
+    assert torch.equal(together[:1], poisson(near, 60, bits[:1]))
 
 
 def test_salt_and_pepper_hits_the_share_of_the_closed_form():

@@ -9,12 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from datasets import load_dataset
 from PIL import Image
 
+from cluster import datasets
 from cluster.config import load
 from cluster.datasets import Shard as Written
 from cluster.errors import UserError
-from jobs.oodface import drawn, pipeline, scoring
+from jobs.oodface import drawn, pipeline, scoring, work
 from jobs.oodface.config import Corrupt, OodfaceConfig
 from jobs.oodface.defences import NAMES, defended
 from jobs.oodface.faces.detector import load_detector
@@ -64,6 +66,9 @@ def test_embeddings_have_a_row_a_model_and_defence(shard):
     table = embedder(shard)
     assert table.num_rows == 5 * len(CONDITIONS) * 2
     assert embedder.empty().schema == table.schema
+    other = work._embedding_rows(["a"], *CLEAN, "none", "larger", [True], np.ones((1, 512), np.float32))
+    assert pa.concat_tables([table, other]).num_rows == table.num_rows + 1
+    assert list(scoring._by_condition(embedder.empty())) == []
     norms = np.linalg.norm(np.array(table["embedding"].to_pylist()), axis=1)
     assert norms == pytest.approx(1, abs=1e-5)
     assert set(embedder.clock.seconds) == {"align", "distort", "embed"}
@@ -75,6 +80,22 @@ def test_embeddings_have_a_row_a_model_and_defence(shard):
     scores = scoring.pair_scores(pairs, *rows[CLEAN])
     assert np.isnan(scores[2])
     assert (np.abs(scores[:2]) <= 1).all()
+
+
+def test_shards_are_images_to_the_datasets_library(shard, tmp_path):
+    table = Writer(plan(16), Corrupt(), tmp_path)(shard)
+    datasets.write_shard(tmp_path, 0, table)
+    path = str(tmp_path / "part-00000.parquet")
+    rows = load_dataset("parquet", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows[0]["image"].size == (112, 112)
+
+
+def test_no_image_is_written_outside_the_folder(shard, tmp_path):
+    for name in ("/outside", "../../../outside"):
+        away = Shard(0, [name], [None], shard.pixels[:1])
+        with pytest.raises(UserError, match="would be written outside"):
+            Writer(plan(16), Corrupt(output="folders"), tmp_path / "images")(away)
+    assert not list(tmp_path.rglob("outside*"))
 
 
 @pytest.mark.parametrize("format", ["png", "webp"])
@@ -120,10 +141,12 @@ def test_the_wall_time_leaves_out_the_hours_between_two_drivers():
 
 
 def test_drawn_people_have_faces_and_pairs(tmp_path):
-    written = drawn.write(tmp_path / "drawn", people=10, shots=2)
+    written = drawn.write(tmp_path / "drawn", people=20, shots=2)
     dials = load(OodfaceConfig, files=[written], environ={}).oodface
     pairs = load_pairs("csv", Path(dials.evaluate.pairs))
-    assert (len(pairs), pairs.balanced()) == (20, True)
+    assert (len(pairs), pairs.balanced()) == (40, True)
+    people = [{image.split("/")[0] for image in pair} for pair in zip(pairs.image_a, pairs.image_b, strict=True)]
+    assert [len(one) == 1 for one in people] == pairs.same.tolist()
     assert all((Path(dials.images) / f"{image}.png").exists() for image in pairs.images())
     images = [drawn.portrait(drawn.Person.of(one), one) for one in range(4)]
     faces = load_detector().portraits([torch.tensor(np.asarray(one)).permute(2, 0, 1) / 255 for one in images])
@@ -150,8 +173,9 @@ def test_defences_do_what_they_say():
 def test_scenarios_are_chosen_by_name_category_or_group():
     assert selected(["sensor", "fog"]) == ["fog", "defocus_blur", "color_shift", "pixelate"]
     assert len(selected(["corruptions", "variations"])) == len(SCENARIOS) == 30
-    with pytest.raises(UserError, match="did you mean makeup"):
-        selected(["make-up"])
+    for name, near in (("make-up", "makeup"), ("corruption", "corruptions"), ("Sensors", "Sensor")):
+        with pytest.raises(UserError, match=f"did you mean {near}"):
+            selected([name])
 
 
 def test_a_run_is_named_by_what_decides_its_result(tmp_path, monkeypatch, capsys):
@@ -165,6 +189,7 @@ def test_a_run_is_named_by_what_decides_its_result(tmp_path, monkeypatch, capsys
         return prepare(config, None, "", "evaluate").state["identity"]
 
     assert identity("oodface.num_workers=2", "oodface.batch_size=7") == identity()
+    assert identity("oodface.severities=[5,1,2,3,4,4]") == identity()
     others = ["oodface.seed=1", "oodface.severities=[1]", "oodface.evaluate.resamples=500", "oodface.scenarios=[snow]"]
     assert len({identity(one) for one in others} | {identity()}) == 5
     dry_run(load(OodfaceConfig, sets=base), "evaluate")
@@ -172,10 +197,17 @@ def test_a_run_is_named_by_what_decides_its_result(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "results").exists()
 
 
+def test_shards_that_no_column_holds_are_refused():
+    sets = ["oodface.images=.", "oodface.faces_per_shard=100000"]
+    with pytest.raises(UserError, match=r"faces_per_shard = 100000 x 151 versions .* lower it to \d+"):
+        prepare(load(OodfaceConfig, sets=sets, environ={}), None, "", "corrupt")
+
+
 @pytest.mark.parametrize(
     ("sets", "told"),
     [
         ([], "oodface.images is not set"),
+        (["oodface.images=.", "oodface.evaluate.pairs=x", "oodface.frost=/nowhere"], "/nowhere|x"),
         (["oodface.images=."], "oodface.evaluate.pairs is not set"),
     ],
 )

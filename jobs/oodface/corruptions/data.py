@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -89,9 +90,9 @@ def poisson(images: Images, photons: int, bits: Int[Tensor, "batch 3 height widt
     own = bits & (SLOTS - 1)
     entry = _table(photons, images.device).index_select(0, torch.add(own, step, alpha=SLOTS).view(-1)).view_as(own)
     counts = torch.where(bits < entry, own, entry.bitwise_and(SLOTS - 1)).to(images.dtype)
-    left = scaled.sub_(step)
-    if images.is_cuda or bool((left > 1e-3).any()):
-        counts.add_(_small_poisson(left.clamp_(min=0).mul_(photons / (STEPS - 1)), unit(remixed(bits))))
+    left = F.threshold_(scaled.sub_(step), 1e-3, 0.0)
+    if images.is_cuda or bool(left.any()):
+        counts.add_(_small_poisson(left.mul_(photons / (STEPS - 1)), unit(remixed(bits))))
     return counts
 
 
@@ -106,6 +107,7 @@ def _small_poisson(mean: Images, chance: Images) -> Images:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _table(photons: int, device: torch.device) -> Int[Tensor, " entries"]:
     """Alias tables of Poisson(photons k / 255), k = 0..255, one after another.
 
@@ -162,8 +164,8 @@ class SaltPepperNoise(Scenario):
 class JpegCompression(Scenario):
     """The block artefacts of JPEG at low quality, 4:2:0.
 
-    codec: "real" cuts to 8 bits and runs libjpeg (nvJPEG on a GPU), as the benchmark does; "differentiable" computes
-    the same steps in floating point, so that gradients pass.
+    codec: "real" cuts to 8 bits and runs libjpeg, as the benchmark does; "differentiable" computes the same steps in
+    floating point, so that gradients pass.
     """
 
     name, title, category = "jpeg_compression", "JPEG Compression", CATEGORY
@@ -184,17 +186,15 @@ class JpegCompression(Scenario):
 
 
 def jpeg(images: Images, quality: int) -> Images:
-    """JPEG by the real codec; 8 bits in and out."""
-    pixels = images.mul(255).to(torch.uint8)
-    if images.is_cuda:
-        from torchvision.io import decode_jpeg, encode_jpeg
+    """JPEG by the real codec, 4:2:0; 8 bits in and out.
 
-        files = encode_jpeg(list(pixels), quality)
-        return torch.stack(decode_jpeg([file.cpu() for file in files], device=images.device)).to(images.dtype).div_(255)
+    On the CPU for images of any device: nvJPEG as torchvision calls it keeps the full chroma (4:4:4).
+    """
     import cv2
 
+    pixels = images.mul(255).to(torch.uint8).cpu()
     decoded = torch.empty_like(pixels)
     for one, result in zip(pixels.numpy(), decoded.numpy(), strict=True):
         _, file = cv2.imencode(".jpg", cv2.merge(one[::-1]), (cv2.IMWRITE_JPEG_QUALITY, quality))
         result[2], result[1], result[0] = cv2.split(cv2.imdecode(file, cv2.IMREAD_COLOR))
-    return decoded.to(images.dtype).div_(255)
+    return decoded.to(images.device, images.dtype).div_(255)

@@ -93,6 +93,7 @@ def _room(frost: Tensor, images: Images) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def frost_texture(
     folder: Path | None, index: int, height: int, width: int, device: torch.device
 ) -> Float[Tensor, "3 high wide"]:
@@ -119,6 +120,16 @@ def _frost_file(folder: Path | None, name: str) -> np.ndarray:
     if texture is None:
         raise UserError(f"{path} is no image that can be read; frost needs {', '.join(sorted(set(FROST)))} there")
     return texture
+
+
+def require_textures(folder: Path) -> None:
+    """Looks into a folder of the user's own.
+
+    Raises:
+        UserError: one of the textures is not there, or no image.
+    """
+    for name in FROST:
+        _frost_file(folder, name)
 
 
 def _shipped() -> Path:

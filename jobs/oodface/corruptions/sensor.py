@@ -36,6 +36,7 @@ class DefocusBlur(Scenario):
 
 
 @lru_cache
+@torch.inference_mode(False)
 def disk(radius: int, sigma: float) -> Float[Tensor, "side side"]:
     """A disk of sum 1 on a grid of at least 17 x 17, smoothed by a 3 x 3 Gaussian (5 x 5 beyond radius 8)."""
     reach, taps = (8, 3) if radius <= 8 else (radius, 5)
@@ -48,6 +49,7 @@ def disk(radius: int, sigma: float) -> Float[Tensor, "side side"]:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _spectrum(level: tuple[int, float], height: int, width: int, device: torch.device) -> Tensor:
     # the conjugate turns the convolution of a product of spectra into a correlation
     return torch.fft.rfft2(disk(*level).to(device), s=(height, width)).conj().resolve_conj()
@@ -117,12 +119,11 @@ def turned_hue(images: Images, sixths: Float[Tensor, " batch"]) -> Images:
         torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
     )
     hue += sixths[:, None, None]
-    result = torch.empty_like(images)
-    for channel, start in enumerate((5, 3, 1)):
-        k = (hue + start).remainder_(6)
-        share = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.addcmul(value, chroma, share, value=-1, out=result[:, channel])
-    return result
+    channels = []
+    for start in (5, 3, 1):
+        k = (hue + start).remainder(6)
+        channels.append(torch.addcmul(value, chroma, torch.minimum(k, 4 - k).clamp(0, 1), value=-1))
+    return torch.stack(channels, 1)
 
 
 class Pixelate(Scenario):
@@ -147,6 +148,7 @@ class Pixelate(Scenario):
 
 
 @lru_cache
+@torch.inference_mode(False)
 def repeated_boxes(length: int, reduced: int, device: torch.device) -> Float[Tensor, "length length"]:
     """What a row of pixels is multiplied by to be averaged over boxes and repeated to its length again."""
     index = nearest_index(length, reduced, torch.device("cpu"))
