@@ -27,7 +27,8 @@ demo: env  ## unlearn the demo target from the embedded model, print a table and
 	@$(RUN) -m jobs.rule run --profile laptop
 
 test: env  ## run the whole test suite (performance ratios apart)
-	@$(RUN) -m pytest tests --ignore=tests/performance --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(RUN) -m pytest tests/unit tests/cluster --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest tests/e2e
 
 doctor: env  ## check this machine, each problem with its remedy
 	@$(RUN) -m cluster doctor

@@ -48,6 +48,7 @@ def searched(world, tmp_path_factory):
         second = folder / "trials" / "001.json"
         wait(lambda: second.exists() or first.process.poll() is not None, "the second trial", 400)
         assert second.exists(), first.errors.read_text()[-4000:]
+        # two trials may start at once, in either order
         wait(lambda: state(folder, 0) == "complete" or first.process.poll() is not None, "the first trial", 400)
         below = first.descendants()
         psutil.Process(first.process.pid).kill()
@@ -64,8 +65,9 @@ def searched(world, tmp_path_factory):
     return folder, kept, process
 
 
-def state(folder: Path, number: int) -> str:
-    return json.loads((folder / "trials" / f"{number:03d}.json").read_text())["state"]
+def state(folder: Path, number: int) -> str | None:
+    record = folder / "trials" / f"{number:03d}.json"
+    return json.loads(record.read_text())["state"] if record.exists() else None
 
 
 @pytest.fixture(scope="module")
