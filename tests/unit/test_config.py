@@ -12,6 +12,7 @@ import yaml
 
 from cluster.config import DEFAULT_FILE, fast_precision, leaves, load, overlaid
 from cluster.errors import UserError
+from jobs.oodface.config import OodfaceConfig
 from jobs.rule.config import RuleConfig
 from tune.config import Dimension, Search
 from tune.rule import SearchConfig
@@ -166,9 +167,10 @@ def test_the_base_values_are_the_defaults_of_the_classes():
 def test_each_profile_is_valid(profile):
     load(RuleConfig, profile, environ={})
     load(SearchConfig, profile, environ={})
+    load(OodfaceConfig, profile, environ={})
 
 
-@pytest.mark.parametrize("schema", [RuleConfig, SearchConfig])
+@pytest.mark.parametrize("schema", [RuleConfig, SearchConfig, OodfaceConfig])
 def test_every_key_is_in_the_file_with_a_comment(schema):
     text = DEFAULT_FILE.read_text(encoding="utf-8")
     base = yaml.safe_load(text)
