@@ -7,22 +7,30 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cluster import datasets
+from jobs.oodface import pipeline
+from jobs.oodface.config import Corrupt
 from jobs.oodface.drawn import Person, portrait
+from jobs.oodface.scenarios import selected
+from jobs.oodface.work import CLEAN, Plan, Shard, Writer
 from tests.e2e import commands
 from tests.e2e.commands import alive, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PEOPLE, EACH, FOLDS = 6, 4, 2
 SHARDS = 6  # of 4 faces each
+FACES, CHOSEN = 4, ["sensor", "gaussian_noise", "glass_blur", "age"]
 DIALS = {
-    "oodface.scenarios": "[sensor, gaussian_noise, glass_blur, age]",
+    "oodface.scenarios": f"[{', '.join(CHOSEN)}]",
     "oodface.severities": "[1, 5]",
-    "oodface.faces_per_shard": 4,
+    "oodface.faces_per_shard": FACES,
 }
 
 
@@ -74,39 +82,11 @@ def finish(running: commands.Running) -> str:
     return process.stdout
 
 
-def digests(folder: Path) -> list[str]:
-    """SHA-256 of each shard, in order."""
-    return [shard["sha256"] for shard in json.loads((folder / "shards" / "_manifest.json").read_text())["shards"]]
-
-
 @pytest.fixture(scope="module")
-def whole(storage, faces) -> Path:
-    """The shards of one worker in batches of 16, with what was printed."""
-    finish(oodface(storage, faces, "corrupt", "whole", num_workers=1, batch_size=16))
-    return storage / "whole"
-
-
-def test_what_cannot_be_used_is_listed_and_the_rest_is_made(whole):
-    report = json.loads((whole / "report.json").read_text())
-    assert report["images"] == PEOPLE * EACH + 1
-    assert report["catalogue"]["images"] - report["catalogue"]["readable"] == 3
-    summary = json.loads((Path(report["catalogue"]["folder"]) / "_summary.json").read_text())
-    problems = {image["image_id"].rpartition("_")[2]: image["problem"] for image in summary["unreadable"]["list"]}
-    assert set(problems) == {"0005", "0006", "0007"}
-    assert summary["conflicts"]["count"] == 1
-    assert report["rows"] == report["images"] * report["conditions"] == (PEOPLE * EACH + 1) * (1 + 7 * 2)
-
-
-def test_a_shard_holds_every_version_of_its_faces(whole):
-    table = pq.read_table(whole / "shards" / "part-00000.parquet")
-    assert set(table["scenario"].to_pylist()) >= {"clean", "defocus_blur", "facial_distortion", "age_increase"}
-    image = Image.open(io.BytesIO(table["image"][0].as_py()["bytes"]))
-    assert image.size == (112, 112)
-
-
-def test_two_workers_killed_in_the_middle_make_the_same_shards(storage, faces, whole):
-    running = oodface(storage, faces, "corrupt", "again", num_workers=2, batch_size=128)
-    shards = storage / "again" / "shards"
+def made(storage, faces) -> tuple[Path, str, int]:
+    """The run of two workers that was killed after its first shard; what the second driver printed; shards it found."""
+    running = oodface(storage, faces, "corrupt", "made", num_workers=2, batch_size=128)
+    shards = storage / "made" / "shards"
     try:
         wait(lambda: any(shards.glob("_part-*.json")) or running.process.poll() is not None, "the first shard", 400)
         below = running.descendants()
@@ -116,9 +96,47 @@ def test_two_workers_killed_in_the_middle_make_the_same_shards(storage, faces, w
     finally:
         running.kill()
     done = len(list(shards.glob("_part-*.json")))
-    printed = finish(oodface(storage, faces, "corrupt", "again", num_workers=2, batch_size=128))
+    return storage / "made", finish(oodface(storage, faces, "corrupt", "made", num_workers=2, batch_size=128)), done
+
+
+def test_what_cannot_be_used_is_listed_and_the_rest_is_made(made):
+    report = json.loads((made[0] / "report.json").read_text())
+    assert report["images"] == PEOPLE * EACH + 1
+    assert report["catalogue"]["images"] - report["catalogue"]["readable"] == 3
+    summary = json.loads((Path(report["catalogue"]["folder"]) / "_summary.json").read_text())
+    problems = {image["image_id"].rpartition("_")[2]: image["problem"] for image in summary["unreadable"]["list"]}
+    assert set(problems) == {"0005", "0006", "0007"}
+    assert summary["conflicts"]["count"] == 1
+    assert report["rows"] == report["images"] * report["conditions"] == (PEOPLE * EACH + 1) * (1 + 7 * 2)
+
+
+def test_a_shard_holds_every_version_of_its_faces(made):
+    table = pq.read_table(made[0] / "shards" / "part-00000.parquet")
+    assert set(table["scenario"].to_pylist()) >= {"clean", "defocus_blur", "facial_distortion", "age_increase"}
+    image = Image.open(io.BytesIO(table["image"][0].as_py()["bytes"]))
+    assert image.size == (112, 112)
+
+
+def test_shards_are_those_of_one_process_in_small_batches(made, tmp_path):
+    folder, printed, done = made
     assert f"{done} of {SHARDS + 1} shards are there already" in printed
-    assert digests(storage / "again") == digests(whole)
+    report = json.loads((folder / "report.json").read_text())
+    files = sorted(Path(report["catalogue"]["folder"]).glob("part-*.parquet"))
+    rows = pa.concat_tables(pq.read_table(file) for file in files)
+    conditions = [CLEAN, *((name, level) for name in selected(CHOSEN) for level in (1, 5))]
+    write = Writer(Plan(tuple(conditions), 0, True, None, batch_size=3), Corrupt(), tmp_path)
+    found = []
+    for task in pipeline.tasks(rows.filter(rows["readable"]), FACES):
+        [row] = pipeline._decoded(pipeline._block(task), 2048).to_pylist()
+        pixels = [
+            np.frombuffer(data, np.uint8).reshape(height, width, 3)
+            for data, height, width in zip(row["pixels"], row["heights"], row["widths"], strict=True)
+        ]
+        table = write(Shard(task.index, row["image_ids"], row["identities"], pixels))
+        found.append(datasets.write_shard(tmp_path, task.index, table).sha256)
+    assert found == [
+        shard["sha256"] for shard in json.loads((folder / "shards" / "_manifest.json").read_text())["shards"]
+    ]
 
 
 def test_models_are_scored_under_every_condition(storage, faces):
