@@ -139,16 +139,19 @@ def apply(
 
 
 def _changed(images: Images, scenario: Scenario, severity: int, draws: Draws, landmarks: Landmarks | None) -> Images:
-    images = images.float().contiguous()
+    given, images = images, images.float().contiguous()
     if isinstance(scenario, Variation):
-        return scenario.apply(images, severity, draws, landmarks)
-    return scenario.apply(images, severity, draws)
+        changed = scenario.apply(images, severity, draws, landmarks)
+    else:
+        changed = scenario.apply(images, severity, draws)
+    return changed.clone() if changed.data_ptr() == given.data_ptr() else changed
 
 
 def _finished(changed: Images, truncate: bool, out: Images | None) -> Images:
     """Clipped to [0, 1], on the 256 steps of 8 bits where asked, in `out` if it is given."""
     if truncate:
-        steps = changed.clamp(0, 1).mul_(255).floor_()
+        # in place where it is ours alone: a pass over the images costs as much as some scenarios
+        steps = (changed.clamp(0, 1) if changed.requires_grad else changed.clamp_(0, 1)).mul_(255).floor_()
         if out is None or out.dtype != steps.dtype:
             return steps.div_(255) if out is None else out.copy_(steps.div_(255))
         return torch.div(steps, 255, out=out)
