@@ -97,14 +97,19 @@ def prepare(folder: Path, configuration: Mapping) -> dict[int, Shard]:
             f"{folder} holds a data set made with other settings ({', '.join(changed)}); name another folder or "
             "remove this one"
         )
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
-        leftover.unlink(missing_ok=True)
+    sweep(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
     shards = finished(folder)
     for part in _parts(folder):
         if part.name not in {shard.file for shard in shards.values()}:
             part.unlink()
     return shards
+
+
+def sweep(folder: Path) -> None:
+    """Removes what writers that died left in a folder and below it; no writer may be at work there."""
+    for leftover in folder.rglob(f"{_TEMPORARY}*"):
+        leftover.unlink(missing_ok=True)
 
 
 def clear(folder: Path) -> None:

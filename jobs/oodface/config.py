@@ -15,7 +15,7 @@ class Corrupt(Section):
     """What `corrupt` writes.
 
     Parquet shards hold the encoded images; with `folders` they name files below SCENARIO/SEVERITY, as face benchmarks
-    lay them out. Both 8-bit formats but jpeg are lossless.
+    lay them out. png and webp are lossless.
     """
 
     template: TEMPLATES = "arcface"

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,11 @@ import pyarrow.parquet as pq
 from cluster import datasets, runs, session
 from cluster.errors import UserError, paths_named
 from cluster.report import digest, read_json, write_json
-from cluster.tracking import masked
+from cluster.tracking import Tracker, masked
 from jobs.oodface import catalogue, protocols
 from jobs.oodface.config import Oodface, OodfaceConfig
 from jobs.oodface.corruptions.occlusion import require_textures
-from jobs.oodface.scenarios import SCENARIOS, selected
+from jobs.oodface.scenarios import GROUPS, selected
 from jobs.oodface.sources import LAYOUTS
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "numpy", "kornia", "opencv-python-headless", "pillow", "ray", "pyspark")
 CLEAN = ("clean", 0)
+IMAGES = "images"  # where `corrupt` puts files with output = folders
 VERSION = 1  # of what shards hold: another number makes all of them again
 # what decides how fast shards are made and not what they hold; scenarios and severities count as conditions
 SPEED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "corrupt", "evaluate"}
@@ -63,7 +65,8 @@ def corrupt(config: OodfaceConfig, out: Path | None = None, fresh: bool = False,
             return _told(run, content, report.corrupted)
         with session.connected(config), _tracked(run) as tracker:
             folder = run.folder / "shards"
-            content, manifest = _made(run, found, _usable(found), folder, _writer(run))
+            images = run.folder / IMAGES if config.oodface.corrupt.output == "folders" else None
+            content, manifest = _made(run, found, _usable(found), folder, _writer(run), images)
             content = _provenance(run, found, tracker) | content | {"manifest": manifest.digest}
             _keep(run, tracker, content, report.pictures(run, found, content))
     return _told(run, content, report.corrupted)
@@ -229,7 +232,7 @@ def _writer(run: Run) -> Callable[[], Any]:
     """What makes a worker's writer; small, for Ray sends it to each."""
     from jobs.oodface.work import Writer
 
-    return partial(Writer, work_plan(run.config, run.conditions), run.config.oodface.corrupt, run.folder / "images")
+    return partial(Writer, work_plan(run.config, run.conditions), run.config.oodface.corrupt, run.folder / IMAGES)
 
 
 def _embedder(run: Run) -> Callable[[], Any]:
@@ -240,15 +243,23 @@ def _embedder(run: Run) -> Callable[[], Any]:
 
 
 def _made(
-    run: Run, found: catalogue.Catalogue, rows: pa.Table, folder: Path, maker: Callable[[], Any]
+    run: Run,
+    found: catalogue.Catalogue,
+    rows: pa.Table,
+    folder: Path,
+    maker: Callable[[], Any],
+    images: Path | None = None,
 ) -> tuple[dict[str, Any], datasets.Manifest]:
-    """The shards of these rows, all of them, and where the time went."""
+    """The shards of these rows, all of them, and where the time went; `images` holds files that the shards name."""
     from jobs.oodface import pipeline
 
     dials = run.config.oodface
     configuration = {"identity": run.state["identity"], "images": found.manifest.digest}
     todo = pipeline.tasks(rows, dials.faces_per_shard)
     done = datasets.prepare(folder, configuration)
+    if images is not None:
+        datasets.sweep(images)
+        done = {index for index, shard in done.items() if pipeline.files_present(folder / shard.file, images)}
     missing = [task for task in todo if task.index not in done]
     print(f"{len(done)} of {len(todo)} shards are there already", flush=True)
     count, start = 0, time.monotonic()
@@ -274,23 +285,23 @@ def _made(
     return content, manifest
 
 
-def _tracked(run: Run) -> Any:
+def _tracked(run: Run) -> AbstractContextManager[Tracker]:
     parameters = run.config.model_dump(include={"oodface"})
     tags = {"images": run.config.oodface.images, "models": ",".join(run.versions)}
     return runs.tracked(run, "oodface", parameters, tags)
 
 
-def _provenance(run: Run, found: catalogue.Catalogue, tracker: Any) -> dict[str, Any]:
+def _provenance(run: Run, found: catalogue.Catalogue, tracker: Tracker) -> dict[str, Any]:
     return {
         "system": "oodface",
         "data_digests": {run.config.oodface.images: found.manifest.digest},
         "models": dict(run.versions),
-        "stand_ins": [name for name, one in SCENARIOS.items() if getattr(one, "procedural", False)],
+        "procedural_stand_ins": [name for name in GROUPS["variations"] if name in dict(run.conditions)],
         "catalogue": {"folder": str(found.folder)} | {name: found.summary[name] for name in ("images", "readable")},
     } | runs.provenance(run, tracker, PACKAGES)
 
 
-def _keep(run: Run, tracker: Any, content: dict[str, Any], pictures: Sequence[Path]) -> None:
+def _keep(run: Run, tracker: Tracker, content: dict[str, Any], pictures: Sequence[Path]) -> None:
     for path in pictures:
         tracker.artifact(path, "plots")
     tracker.artifact(write_json(content, run.folder / "report.json"))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from cluster import datasets
 from cluster.errors import JobFailure, UserError
@@ -93,6 +94,12 @@ def run(
             f"a worker died {RESTARTS + 1} times ({str(error).splitlines()[0]}); where memory ran out lower "
             "oodface.faces_per_shard or oodface.num_workers, and run the same command again to continue"
         ) from error
+
+
+def files_present(shard: Path, images: Path) -> bool:
+    """Whether the files that a shard's table names are all there: power may have failed before the disk had them."""
+    names = pq.read_table(shard, columns=["file"])["file"].to_pylist()
+    return all((images / name).is_file() and (images / name).stat().st_size for name in names)
 
 
 def summary(shards: Sequence[datasets.Shard], workers: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Scenario(ABC):
 
     Attributes:
         name: as in configuration, shards and reports. title: as in the paper's table. category: of the paper's nine.
-        levels: the constants of severities 1 to 5 (papers' Table A3 of ImageNet-C's lineage, unscaled).
+        levels: the constants of severities 1 to 5: those of ImageNet-C, unscaled, where it has the scenario.
         at_once: values that a CPU computes at a time; they stay in its cache. 1 takes one image after another, where
             a product or a transform may sum in another order in another batch: a sample's bits must not depend on it.
     """

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from cluster.errors import UserError
 from jobs.oodface import robustness
 from jobs.oodface.config import Oodface
 from jobs.oodface.metrics import Scores, pair_scores
@@ -39,6 +40,8 @@ def _scores(
     names = sorted(
         {name for file in files for name in pq.read_table(file, columns=["model"])["model"].unique().to_pylist()}
     )
+    if not names:
+        raise UserError("not one image could be read when its turn came; check oodface.images and run it with --fresh")
     for model in names:
         for defence in defences:
             collected: dict[Condition, tuple[list[str], list[np.ndarray]]] = {}

@@ -153,8 +153,9 @@ class Writer:
                         "found": crops.found[at],
                     }
                     rows.append(row | self._kept(row, file))
-                if self.dials.output == "folders":
-                    os.sync()  # once a condition, before the shard's entry says that its files are there
+        if self.dials.output == "folders":
+            with self.clock("write"):
+                os.sync()  # before the shard's entry says that its files are there
         return pa.Table.from_pylist(rows, schema=self._schema())
 
     def empty(self) -> pa.Table:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from jobs.rule import world as worlds
 from jobs.rule.world import World, build
@@ -24,11 +23,10 @@ def world(request, tmp_path_factory) -> World:
         return build(tmp_path_factory.mktemp("world"))
     kept = request.config.cache.mkdir("rayward-world")
     folder, partial = kept / fingerprint(), kept / "partial"
-    with FileLock(kept.with_suffix(".lock")):  # another process of this test run may be at it
-        if not folder.exists():
-            shutil.rmtree(kept)
-            build(partial)
-            partial.rename(folder)
+    if not folder.exists():
+        shutil.rmtree(kept)
+        build(partial)
+        partial.rename(folder)
     return World(folder / "model", folder / "gold", folder / "data")
 
 

@@ -54,11 +54,15 @@ def test_a_shard_does_not_depend_on_the_batch(shard, tmp_path):
 def test_folders_hold_the_files_that_the_table_names(shard, tmp_path):
     dials = Corrupt(output="folders", format="jpeg", template="dlib_yunet")
     table = Writer(plan(16), dials, tmp_path)(shard)
+    shard_file = tmp_path / datasets.write_shard(tmp_path, 0, table).file
+    assert pipeline.files_present(shard_file, tmp_path)
     for row in table.to_pylist():
         path = tmp_path / row["file"]
         assert path.parts[-4:-2] == (row["scenario"], str(row["severity"]))
         assert Image.open(path).size == (150, 150)
     assert not list(tmp_path.rglob(".writing*"))
+    (tmp_path / table["file"][3].as_py()).write_bytes(b"")
+    assert not pipeline.files_present(shard_file, tmp_path)
 
 
 def test_embeddings_have_a_row_a_model_and_defence(shard):
@@ -104,6 +108,25 @@ def test_lossless_files_give_the_pixels_back(format):
     for image, file in zip(images, encoded(images, format, 95), strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
         assert np.array_equal(pixels, (image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_scores_of_which_nothing_is_left_are_refused_and_an_empty_shard_is_none(tmp_path):
+    dials = load(OodfaceConfig, sets=["oodface.scenarios=[fog]", "oodface.severities=[1]"], environ={}).oodface
+    files = []
+    for index, images in enumerate([(), ("a", "b", "c", "d")]):
+        tables = [work._embedding_rows([], *CLEAN, "none", "", [], np.zeros((0, 1), np.float32))]
+        for condition in (CLEAN, ("fog", 1)):
+            turned = (
+                np.eye(4, dtype=np.float32)[[0, 0, 1, 2]][: len(images)] if images else np.zeros((0, 4), np.float32)
+            )
+            tables.append(work._embedding_rows(images, *condition, "none", "m", [True] * len(images), turned))
+        written = datasets.write_shard(tmp_path, index, pa.concat_tables(tables))
+        files.append(tmp_path / written.file)
+    pairs = Pairs(np.array([0, 0]), np.array([True, False]), ("a", "c"), ("b", "d"), ("1", "2"))
+    found = scoring.score(files, pairs, (CLEAN, ("fog", 1)), dials)
+    assert found["metrics"]["m"]["fixed/acc/fog/1"]["value"] == 1
+    with pytest.raises(UserError, match="not one image could be read"):
+        scoring.score(files[:1], pairs, (CLEAN, ("fog", 1)), dials)
 
 
 def test_shards_follow_the_image_ids_alone():
