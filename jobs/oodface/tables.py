@@ -12,6 +12,7 @@ import numpy as np
 
 from cluster import datasets as stored
 from cluster.errors import UserError
+from cluster.hub import load_table
 from cluster.report import digest
 
 if TYPE_CHECKING:
@@ -128,23 +129,8 @@ def hub(location: str, work: Path) -> Path:
 
 
 def _hub_table(location: str) -> Dataset:
-    import datasets
-
     asked = _HUB.fullmatch(location)
     if asked is None:
         raise UserError(f"hub:{location} is no data set of the hub; write owner/name, owner/name:SUBSET or with @SPLIT")
-    name, subset, split = asked["name"], asked["subset"], asked["split"] or "train"
-    try:
-        return datasets.load_dataset(name, subset, split=split)
-    except datasets.exceptions.DatasetNotFoundError:
-        raise UserError(f"the hub has no data set {name} that you may read; check its name") from None
-    except OSError:
-        raise UserError(
-            f"data set {name} is not in the local cache and the hub cannot be reached; load it where there is a "
-            "network, or name a local folder"
-        ) from None
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
-        told = str(error).splitlines()[0]
-        raise UserError(
-            f"data set {name} gives no split {split} of {subset or 'its default subset'} ({told})"
-        ) from None
+    remedy = "write owner/name:SUBSET@SPLIT of what it has"
+    return load_table(asked["name"], asked["subset"], asked["split"] or "train", "oodface.images", remedy)

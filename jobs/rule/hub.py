@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from cluster.errors import UserError
+from cluster.hub import load_table
 from jobs.rule.data import DEMO, PROBE_FILES, Item, Probe, Refusal, RuleData
 from jobs.rule.rows import Row, Text, load_rows
 
@@ -167,22 +168,8 @@ def _rows(table: Dataset, indices: Sequence[int], row_type: type[SomeRow], place
 
 
 def _table(name: str, config: str, split: str, columns: Sequence[str]) -> Dataset:
-    import datasets
-
-    try:
-        table = datasets.load_dataset(name, config, split=split)
-    except datasets.exceptions.DatasetNotFoundError:
-        raise UserError(f"the hub has no data set {name} that you may read; check rule.data") from None
-    except OSError:
-        raise UserError(
-            f"data set {name} ({config}) is not in the local cache and the hub cannot be reached; "
-            "load it where there is a network, or name a local folder in rule.data"
-        ) from None
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"data set {name} gives no {config}, split {split} ({str(error).splitlines()[0]}); "
-            "name one in the layout of jinzhuoran/RWKU"
-        ) from None
+    remedy = "name one in the layout of jinzhuoran/RWKU"
+    table = load_table(name, config, split, "rule.data", remedy)
     missing = [column for column in columns if column not in table.column_names]
     if missing:
         raise UserError(
