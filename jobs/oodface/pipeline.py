@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import datasets
+from cluster.cli import root_cause
 from cluster.errors import JobFailure, UserError
 from jobs.oodface.config import Oodface
 from jobs.oodface.pixels import decode
@@ -57,6 +58,7 @@ def run(
 
     Raises:
         JobFailure: the disk is full, a worker died again and again.
+        UserError: an image that would be written outside the run's folder.
     """
     import ray
 
@@ -66,7 +68,7 @@ def run(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is told once, by us
     workers = min(dials.num_workers, len(todo))
     # reading and working take turns where a worker has one core; unequal shares keep Ray from making them one process
     spare = dials.cpus_per_worker - 1
@@ -94,6 +96,10 @@ def run(
             f"a worker died {RESTARTS + 1} times ({str(error).splitlines()[0]}); where memory ran out lower "
             "oodface.faces_per_shard or oodface.num_workers, and run the same command again to continue"
         ) from error
+    except (JobFailure, UserError) as error:  # of a worker: Ray puts its stack before it and advice behind it
+        cause = root_cause(error)
+        kind = JobFailure if isinstance(cause, JobFailure) else UserError
+        raise kind(str(cause).splitlines()[0]) from None
 
 
 def files_present(shard: Path, images: Path) -> bool:
