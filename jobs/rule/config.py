@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from cluster.config import Config, Section
 from jobs.scoring.entailment import EntailmentSettings
-from jobs.scoring.judge import JudgeSettings
+from jobs.scoring.chat import ChatSettings
 
 MOST = 1_000_000  # of anything counted: a slip of the finger ends here, before it fills the memory
 
@@ -123,7 +123,7 @@ class Evaluation(Section):
     neighbors: int | None = Field(default=None, ge=1, le=MOST)
     max_batch_tokens: int = Field(default=4096, ge=64, le=MOST)
     entailment: EntailmentSettings | None = None
-    judge: JudgeSettings | None = None
+    judge: ChatSettings | None = None
 
 
 class Attack(Section):

@@ -12,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from cluster.errors import JobFailure, UserError
-from jobs.scoring.judge import Judge, JudgeSettings, parse_scores, retry_after_s
+from jobs.scoring.chat import ChatSettings, retry_after_s
+from jobs.scoring.judge import Judge, parse_scores
 
 NAMES = ("clarity", "truth")
 GOOD = '{"clarity": 80, "truth": 12.5}'
@@ -81,7 +82,7 @@ def waits() -> list[float]:
 @pytest.fixture
 def make_judge(endpoint, waits):
     def make(**dials) -> Judge:
-        return Judge(JudgeSettings(base_url=endpoint.base_url, model="judge-1", **dials), sleep=waits.append)
+        return Judge(ChatSettings(base_url=endpoint.base_url, model="judge-1", **dials), sleep=waits.append)
 
     return make
 
@@ -113,7 +114,7 @@ def test_many_prompts_at_once(endpoint, make_judge):
 def test_429_waits_as_long_as_it_is_told(endpoint, waits):
     endpoint.replies = [(429, {"Retry-After": "1"}, ""), (200, {}, completion(GOOD))]
     started = time.monotonic()
-    scores = Judge(JudgeSettings(base_url=endpoint.base_url, model="m")).score(["x"], NAMES)
+    scores = Judge(ChatSettings(base_url=endpoint.base_url, model="m")).score(["x"], NAMES)
     assert scores == [{"clarity": 80.0, "truth": 12.5}]
     assert time.monotonic() - started >= 1.0
 
@@ -134,14 +135,14 @@ def test_a_wait_beyond_the_deadline_fails_at_once(endpoint, make_judge, waits):
 def test_an_unreachable_endpoint_fails_within_the_deadline(endpoint):
     endpoint.server.shutdown()
     endpoint.server.server_close()
-    judge = Judge(JudgeSettings(base_url=endpoint.base_url, model="m", deadline_s=0.8))
+    judge = Judge(ChatSettings(base_url=endpoint.base_url, model="m", deadline_s=0.8))
     with pytest.raises(JobFailure, match="the last attempt failed with ConnectError"):
         judge.score(["x"], NAMES)
 
 
 def test_a_silent_endpoint_fails_within_the_deadline(endpoint):
     endpoint.delay_s = 6.0
-    judge = Judge(JudgeSettings(base_url=endpoint.base_url, model="m", timeout_s=0.2, deadline_s=0.6))
+    judge = Judge(ChatSettings(base_url=endpoint.base_url, model="m", timeout_s=0.2, deadline_s=0.6))
     started = time.monotonic()
     with pytest.raises(JobFailure, match="ReadTimeout"):
         judge.score(["x"], NAMES)
@@ -151,7 +152,7 @@ def test_a_silent_endpoint_fails_within_the_deadline(endpoint):
 
 def test_a_body_that_trickles_in_fails_within_the_deadline(endpoint):
     endpoint.trickle_s = 0.05
-    judge = Judge(JudgeSettings(base_url=endpoint.base_url, model="m", timeout_s=0.2, deadline_s=0.6))
+    judge = Judge(ChatSettings(base_url=endpoint.base_url, model="m", timeout_s=0.2, deadline_s=0.6))
     started = time.monotonic()
     with pytest.raises(JobFailure, match="ReadTimeout"):
         judge.score(["x"], NAMES)
@@ -163,7 +164,7 @@ def test_one_failure_ends_the_waits_of_the_others(endpoint):
     endpoint.replies = [(429, {"Retry-After": "30"}, ""), (404, {}, "")]
     started = time.monotonic()
     with pytest.raises(UserError, match="HTTP 404"):
-        Judge(JudgeSettings(base_url=endpoint.base_url, model="m", concurrency=2)).score(["x", "y", "z"], NAMES)
+        Judge(ChatSettings(base_url=endpoint.base_url, model="m", concurrency=2)).score(["x", "y", "z"], NAMES)
     assert time.monotonic() - started < 5.0
 
 

@@ -1,0 +1,200 @@
+"""A client for any OpenAI-style chat-completions endpoint, many questions at once, patient within a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import Field
+
+from cluster.config import Section
+from cluster.errors import JobFailure, UserError
+
+if TYPE_CHECKING:
+    import httpx
+
+_MAX_RESPONSE_BYTES = 2**20
+_RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_FIRST_BACKOFF_S = 0.5
+
+Message = dict[str, Any]
+Ask = Callable[[Sequence[Message]], str]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class ChatSettings(Section):
+    """Where an endpoint is and how long to wait for it.
+
+    base_url: of the API, up to and without "/chat/completions", for example "https://host/v1".
+    model: the name that the endpoint serves.
+    token_env: environment variable that holds the bearer token; none where the endpoint asks for none.
+    timeout_s: of one HTTP request.
+    deadline_s: of one item with all its requests, retries and waits.
+    max_tokens: of one answer.
+    concurrency: items in flight at once.
+    """
+
+    base_url: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
+    model: Annotated[str, Field(min_length=1)]
+    token_env: str | None = None
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    deadline_s: Annotated[float, Field(gt=0)] = 300.0
+    max_tokens: Annotated[int, Field(ge=1)] = 200
+    concurrency: Annotated[int, Field(ge=1)] = 8
+
+
+class Chat:
+    """Asks at temperature 0.
+
+    Args:
+        settings: the endpoint; its token is read from the environment here and appears in no message or log.
+        role: what messages call the endpoint, as "the judge".
+        sleep: of waits between attempts; the default ends early once another item has failed.
+        clock: that the deadlines are measured by, seconds.
+    Raises: UserError where `token_env` names an unset variable.
+    """
+
+    def __init__(
+        self,
+        settings: ChatSettings,
+        role: str,
+        sleep: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._url = f"{settings.base_url.rstrip('/')}/chat/completions"
+        self._who = f"{role[:1].upper()}{role[1:]} at {self._url}"
+        self._sleep = sleep
+        self._clock = clock
+        self._headers = {}
+        if settings.token_env is not None:
+            token = os.environ.get(settings.token_env)
+            if not token:
+                raise UserError(
+                    f"The environment variable {settings.token_env}, which the token_env of {role} names, is not set; "
+                    "set it to the bearer token or leave token_env out."
+                )
+            self._headers = {"Authorization": f"Bearer {token}"}
+
+    def each(self, items: Sequence[Item], talk: Callable[[Ask, Item], Result]) -> list[Result]:
+        """What `talk(ask, item)` gives for each item, in order, several at once.
+
+        `ask(messages)` is the text of one completion, "" where the response holds none. Busy or failing endpoints are
+        retried with growing waits, a 429 or 503 after the time it names, all within `deadline_s` an item.
+
+        Raises: JobFailure where the endpoint stays unreachable or busy beyond the deadline; UserError where it refuses
+            the request or the token; whatever `talk` raises.
+        """
+        import httpx
+
+        stop = threading.Event()
+        with (
+            httpx.Client(headers=self._headers) as client,
+            ThreadPoolExecutor(self._settings.concurrency) as pool,
+        ):
+
+            def one(item: Item) -> Result:
+                deadline = self._clock() + self._settings.deadline_s
+                return talk(lambda messages: self._ask(client, stop, messages, deadline), item)
+
+            futures = [pool.submit(one, item) for item in items]
+            try:
+                ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                # What failed first is told, not what was given up because of it.
+                for future in ended:
+                    future.result()
+                return [future.result() for future in futures]
+            finally:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, client: httpx.Client, stop: threading.Event, messages: Sequence[Message], deadline: float) -> str:
+        import httpx
+
+        body = {
+            "model": self._settings.model,
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": self._settings.max_tokens,
+        }
+        backoff = _FIRST_BACKOFF_S
+        while not stop.is_set():
+            pause = None
+            try:
+                status, headers, content = self._post(client, body, deadline)
+            except httpx.TransportError as error:
+                trouble = f"the last attempt failed with {type(error).__name__}"
+            else:
+                if 200 <= status < 300:
+                    return _text_of(content)
+                if status not in _RETRIED_STATUS:
+                    raise UserError(self._refusal(status))
+                trouble = f"the last answer was HTTP {status}"
+                pause = retry_after_s(headers.get("Retry-After"), datetime.now(UTC))
+            if pause is None:
+                pause, backoff = backoff, 2 * backoff
+            if self._clock() + pause >= deadline:
+                raise JobFailure(f"{self._who} gave no answer within {self._settings.deadline_s:g} s: {trouble}.")
+            (self._sleep or stop.wait)(pause)
+        raise JobFailure(f"{self._who} was given up after another question had failed.")
+
+    def _post(
+        self, client: httpx.Client, body: dict[str, Any], deadline: float
+    ) -> tuple[int, httpx.Headers, bytes | bytearray]:
+        """Status, headers and body of one request, within `timeout_s` and the deadline.
+
+        A client's own timeout bounds each read, not their sum, so a body that trickles in is watched as well.
+        """
+        import httpx
+
+        end = min(deadline, self._clock() + self._settings.timeout_s)
+        content = bytearray()
+        with client.stream("POST", self._url, json=body, timeout=max(end - self._clock(), 0.001)) as response:
+            for chunk in response.iter_bytes():
+                content += chunk
+                if self._clock() > end:
+                    raise httpx.ReadTimeout("the body trickled in")
+                if len(content) > _MAX_RESPONSE_BYTES:
+                    return response.status_code, response.headers, b""
+        return response.status_code, response.headers, content
+
+    def _refusal(self, status: int) -> str:
+        if status in (401, 403):
+            named = self._settings.token_env or "token_env, which is not configured"
+            return f"{self._who} refused the token (HTTP {status}); correct the one in {named}."
+        return (
+            f"{self._who} refused the request for model {self._settings.model} (HTTP {status}); "
+            "correct base_url or model."
+        )
+
+
+def retry_after_s(header: str | None, now: datetime) -> float | None:
+    """Seconds that a Retry-After header (seconds or an HTTP date) asks to wait, >= 0; None for none or a wrong one."""
+    if header is None:
+        return None
+    if header.isascii() and header.isdecimal():
+        return float(header)
+    try:
+        moment = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    # A date in "-0000" is in UTC but comes back without a zone.
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - now).total_seconds())
+
+
+def _text_of(body: bytes | bytearray) -> str:
+    """Text of the first choice; "" where the body is not a chat completion."""
+    try:
+        text = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return ""
+    return text if isinstance(text, str) else ""
