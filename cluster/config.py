@@ -9,7 +9,7 @@ import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -215,6 +215,9 @@ def leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, or may hold beside null; the members of a list are no keys."""
+    if get_origin(annotation) is list:
+        return None
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

@@ -1,4 +1,4 @@
-"""`python -m jobs.oodface`: corrupt, evaluate, draw."""
+"""`python -m jobs.oodface`: corrupt, evaluate, ask, draw."""
 
 import shlex
 import sys
@@ -14,6 +14,8 @@ from jobs.oodface.config import OodfaceConfig
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 QUICK = ("oodface.severities=[1,3,5]", "oodface.evaluate.pairs_per_fold=5")
 
+Quick = Annotated[bool, typer.Option("--quick", help="Severities 1, 3, 5 and the first 5 + 5 pairs of each fold.")]
+
 
 @app.command()
 def corrupt(
@@ -25,13 +27,7 @@ def corrupt(
     dry_run: cli.DryRun = False,
 ) -> None:
     """Detect and align the faces of images, and write them under every chosen scenario and severity."""
-    loaded = load(OodfaceConfig, profile, config or [], sets or [])
-    from jobs.oodface import job
-
-    if dry_run:
-        job.dry_run(loaded, "corrupt")
-        return
-    print(job.corrupt(loaded, out, fresh, _command()))
+    _do("corrupt", load(OodfaceConfig, profile, config or [], sets or []), out, fresh, dry_run)
 
 
 @app.command()
@@ -39,21 +35,39 @@ def evaluate(
     profile: cli.Profile = None,
     config: cli.ConfigFile = None,
     sets: cli.Set = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Severities 1, 3, 5 and the first 5 + 5 pairs of each fold.")
-    ] = False,
+    quick: Quick = False,
     out: cli.Out = None,
     fresh: cli.Fresh = False,
     dry_run: cli.DryRun = False,
 ) -> None:
     """Ask face models whether pairs of faces are of one person, under every chosen scenario and severity."""
-    loaded = load(OodfaceConfig, profile, config or [], [*(QUICK if quick else ()), *(sets or [])])
-    from jobs.oodface import job
+    _do(
+        "evaluate",
+        load(OodfaceConfig, profile, config or [], [*(QUICK if quick else ()), *(sets or [])]),
+        out,
+        fresh,
+        dry_run,
+    )
 
-    if dry_run:
-        job.dry_run(loaded, "evaluate")
-        return
-    print(job.evaluate(loaded, out, fresh, _command()))
+
+@app.command()
+def ask(
+    profile: cli.Profile = None,
+    config: cli.ConfigFile = None,
+    sets: cli.Set = None,
+    quick: Quick = False,
+    out: cli.Out = None,
+    fresh: cli.Fresh = False,
+    dry_run: cli.DryRun = False,
+) -> None:
+    """Ask vision-language models, over OpenAI-style endpoints, whether pairs of faces are of one person."""
+    _do(
+        "ask",
+        load(OodfaceConfig, profile, config or [], [*(QUICK if quick else ()), *(sets or [])]),
+        out,
+        fresh,
+        dry_run,
+    )
 
 
 @app.command()
@@ -71,8 +85,14 @@ def draw(
         print(drawn.write(out, people, shots, seed))
 
 
-def _command() -> str:
-    return shlex.join(["python", "-m", "jobs.oodface", *sys.argv[1:]])
+def _do(what: str, config: OodfaceConfig, out: Path | None, fresh: bool, dry_run: bool) -> None:
+    from jobs.oodface import job, run
+
+    if dry_run:
+        run.dry_run(config, what)
+        return
+    command = shlex.join(["python", "-m", "jobs.oodface", *sys.argv[1:]])
+    print({"corrupt": job.corrupt, "evaluate": job.evaluate, "ask": job.ask}[what](config, out, fresh, command))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from pydantic import Field
 
 from cluster.config import Config, Section, Workers
 from jobs.oodface.faces.config import OnnxFace
+from jobs.scoring.chat import ChatSettings
 
 Severity = Annotated[int, Field(ge=1, le=5)]
 TEMPLATES = Literal["arcface", "arcface_96", "dlib", "dlib_yunet"]
+QUESTION = "Do these two photographs show the same person? Answer with one word, yes or no."
 
 
 class Corrupt(Section):
@@ -36,6 +38,14 @@ class Evaluate(Section):
     resamples: int = Field(default=2000, ge=100, le=1_000_000)
 
 
+class Ask(Section):
+    """Which vision-language models are asked about the pairs of `Evaluate`, and how."""
+
+    endpoints: list[ChatSettings] = Field(default_factory=list)
+    question: str = Field(default=QUESTION, min_length=1)
+    template: TEMPLATES = "arcface"
+
+
 class Oodface(Section):
     """Images, scenarios and how the work is cut."""
 
@@ -56,6 +66,7 @@ class Oodface(Section):
     gpus_per_worker: float = Field(default=0, ge=0, le=10_000)
     corrupt: Corrupt = Corrupt()
     evaluate: Evaluate = Evaluate()
+    ask: Ask = Ask()
 
 
 class OodfaceConfig(Config):

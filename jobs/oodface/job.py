@@ -4,10 +4,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,36 +14,14 @@ import pyarrow.parquet as pq
 from cluster import datasets, runs, session
 from cluster.errors import UserError, paths_named
 from cluster.report import digest, read_json, write_json
-from cluster.tracking import Tracker, masked
+from cluster.tracking import Tracker
 from jobs.oodface import catalogue, protocols
-from jobs.oodface.config import Oodface, OodfaceConfig
-from jobs.oodface.corruptions.occlusion import require_textures
-from jobs.oodface.scenarios import GROUPS, selected
-from jobs.oodface.sources import LAYOUTS
-
-if TYPE_CHECKING:
-    from jobs.oodface.work import Plan
+from jobs.oodface.config import Corrupt, OodfaceConfig
+from jobs.oodface.run import Run, prepare, work_plan
+from jobs.oodface.scenarios import GROUPS
 
 PACKAGES = ("torch", "numpy", "kornia", "opencv-python-headless", "pillow", "ray", "pyspark")
-CLEAN = ("clean", 0)
-IMAGES = "images"  # where `corrupt` puts files with output = folders
-VERSION = 1  # of what shards hold: another number makes all of them again
-# what decides how fast shards are made and not what they hold; scenarios and severities count as conditions
-SPEED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "corrupt", "evaluate"}
-SPEED |= {"scenarios", "severities", "clean"}
-
-
-@dataclass
-class Run(runs.Run):
-    """One run's folder and what it works on."""
-
-    config: OodfaceConfig
-    folder: Path
-    command: str
-    conditions: tuple[tuple[str, int], ...]
-    pairs: protocols.Pairs | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    state: dict[str, Any] = field(default_factory=dict)
+IMAGES = "images"  # where `corrupt` puts files with output = folders, and `ask` those that it shows
 
 
 def corrupt(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, command: str = "") -> Path:
@@ -86,9 +63,7 @@ def evaluate(config: OodfaceConfig, out: Path | None = None, fresh: bool = False
         found = _catalogue(run)
         if (content := _finished(run, found)) is not None:
             return _told(run, content, report.evaluated)
-        rows = _usable(found)
-        pairs = protocols.present(run.pairs, rows["image_id"].to_pylist(), config.oodface.evaluate.missing)
-        rows = rows.filter(pa.compute.is_in(rows["image_id"], pa.array(pairs.images())))
+        rows, pairs = _compared(run, found)
         with session.connected(config), _tracked(run) as tracker:
             folder = run.folder / "embeddings"
             content, manifest = _made(run, found, rows, folder, _embedder(run))
@@ -97,89 +72,41 @@ def evaluate(config: OodfaceConfig, out: Path | None = None, fresh: bool = False
             content = _provenance(run, found, tracker) | content | scored | {"pairs_dropped": pairs.dropped}
             content["seconds"] = run.state["seconds"]
             _keep(run, tracker, content, [*report.plots(content, run.folder), *report.pictures(run, found, content)])
-            for name, metrics in scored["metrics"].items():
-                tracker.metrics({f"{name}/{key}": one["value"] for key, one in metrics.items()}, 0, "evaluation")
+            _track(tracker, scored["metrics"])
     return _told(run, content, report.evaluated)
 
 
-def prepare(config: OodfaceConfig, out: Path | None, command: str, what: str) -> Run:
-    """Finds what is wrong with configuration, models and pairs before anything is started or written."""
-    session.prepare(config)
-    config = _resolved(config)
-    dials = config.oodface
-    if not dials.images:
-        raise UserError(
-            "oodface.images is not set; name a folder of photographs, as --set oodface.images=DIR, and its layout with "
-            f"--set oodface.layout={'|'.join(LAYOUTS)}"
-        )
-    severities = sorted(set(dials.severities))
-    conditions = [(name, severity) for name in selected(dials.scenarios) for severity in severities]
-    pairs, versions = None, {}
-    if what == "evaluate":
-        pairs, versions = _pairs(config), _versions(config)
-    else:
-        _require_small_shards(dials, len(conditions) + dials.clean)
-    if dials.frost is not None:
-        require_textures(Path(dials.frost))
-    if dials.clean or what == "evaluate":
-        conditions.insert(0, CLEAN)
-    own = dials.model_dump(exclude=SPEED) | {what: getattr(dials, what).model_dump()}
-    told = None if pairs is None else [list(map(int, pairs.fold)), pairs.same.tolist(), pairs.image_a, pairs.image_b]
-    identity = digest([VERSION, what, own, conditions, dict(versions), told])
-    folder = (out or session.storage(config) / "oodface" / f"{what}-{identity}").resolve()
-    return Run(config, folder, command, tuple(conditions), pairs, versions, {"identity": identity})
+def ask(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, command: str = "") -> Path:
+    """Asks vision-language models whether pairs show one person, under every chosen scenario and severity.
 
-
-def dry_run(config: OodfaceConfig, what: str) -> None:
-    """Prints the resolved configuration and what would be made."""
-    import yaml
+    Returns: the path of report.json.
+    Raises: as `evaluate`, and JobFailure where an endpoint stays unreachable.
+    """
+    from jobs.oodface import pair_question, report
 
     with paths_named():
-        run = prepare(config, None, "", what)
-    print(yaml.safe_dump(masked(config.model_dump(include={"cluster", "tracking", "oodface"})), sort_keys=False))
-    print(f"{len(run.conditions)} versions of each image: {', '.join(selected(config.oodface.scenarios))}")
-    if run.pairs is not None:
-        print(f"{len(run.pairs)} pairs of {len(run.pairs.images())} images; models: {', '.join(run.versions)}")
-
-
-def work_plan(config: OodfaceConfig, conditions: Sequence[tuple[str, int]]) -> "Plan":
-    """What a worker is told."""
-    from jobs.oodface.work import Plan
-
-    dials = config.oodface
-    gpu = dials.gpus_per_worker > 0
-    return Plan(
-        tuple(conditions),
-        dials.seed,
-        dials.truncate,
-        dials.frost,
-        dials.batch_size,
-        "cuda" if gpu else "cpu",
-        1 if gpu else max(1, dials.cpus_per_worker - (dials.cpus_per_worker > 2)),
-    )
-
-
-def _pairs(config: OodfaceConfig) -> protocols.Pairs:
-    dials = config.oodface.evaluate
-    if not dials.pairs:
-        raise UserError(
-            "oodface.evaluate.pairs is not set; name the list of pairs, and its form with "
-            f"--set oodface.evaluate.protocol={'|'.join(protocols.PROTOCOLS)}"
-        )
-    pairs = protocols.load(dials.protocol, Path(dials.pairs).expanduser())
-    return pairs if dials.pairs_per_fold is None else protocols.quick(pairs, dials.pairs_per_fold)
-
-
-def _versions(config: OodfaceConfig) -> dict[str, str]:
-    from jobs.oodface.faces import models
-
-    found: dict[str, str] = {}
-    for entry in config.oodface.evaluate.models:
-        model = models.load(entry)
-        if model.name in found:
-            raise UserError(f"oodface.evaluate.models names {model.name} twice; drop one or give it another name")
-        found[model.name] = model.version
-    return found
+        run = prepare(config, out, command, "ask")
+        runs.claim(run, fresh)
+    with runs.exclusively(run.folder):
+        found = _catalogue(run)
+        if (content := _finished(run, found)) is not None:
+            return _told(run, content, report.asked)
+        rows, pairs = _compared(run, found)
+        images = run.folder / IMAGES
+        with session.connected(config), _tracked(run) as tracker:
+            content, manifest = _made(run, found, rows, run.folder / "shards", _photographer(run), images)
+            lost = {one["image_id"] for one in content["lost"]}
+            pairs = protocols.present(pairs, {*pairs.images()} - lost, "drop")
+            with run.phase("questions"):
+                configuration = {"identity": run.state["identity"], "images": manifest.digest}
+                answers = run.folder / "answers"
+                told = pair_question.ask(answers, configuration, images, pairs, run.conditions, config.oodface.ask)
+                scored = pair_question.score(told.files(answers), pairs, run.conditions, config.oodface)
+            content = _provenance(run, found, tracker) | content | scored | {"pairs_dropped": pairs.dropped}
+            content["seconds"] = run.state["seconds"]
+            _keep(run, tracker, content, [*report.plots(content, run.folder), *report.pictures(run, found, content)])
+            _track(tracker, scored["metrics"])
+    return _told(run, content, report.asked)
 
 
 def _catalogue(run: Run) -> catalogue.Catalogue:
@@ -222,6 +149,13 @@ def _finished(run: Run, found: catalogue.Catalogue) -> dict[str, Any] | None:
     return content
 
 
+def _compared(run: Run, found: catalogue.Catalogue) -> tuple[pa.Table, protocols.Pairs]:
+    """The pairs whose images are there, and these images' rows of the catalogue."""
+    rows = _usable(found)
+    pairs = protocols.present(run.pairs, rows["image_id"].to_pylist(), run.config.oodface.evaluate.missing)
+    return rows.filter(pa.compute.is_in(rows["image_id"], pa.array(pairs.images()))), pairs
+
+
 def _usable(found: catalogue.Catalogue) -> pa.Table:
     columns = ["image_id", "identity", "path", "row", "readable"]
     table = pa.concat_tables(pq.read_table(file, columns=columns) for file in found.manifest.files(found.folder))
@@ -233,6 +167,14 @@ def _writer(run: Run) -> Callable[[], Any]:
     from jobs.oodface.work import Writer
 
     return partial(Writer, work_plan(run.config, run.conditions), run.config.oodface.corrupt, run.folder / IMAGES)
+
+
+def _photographer(run: Run) -> Callable[[], Any]:
+    """A writer of files that a model is shown."""
+    from jobs.oodface.work import Writer
+
+    shown = Corrupt(template=run.config.oodface.ask.template, output="folders")
+    return partial(Writer, work_plan(run.config, run.conditions), shown, run.folder / IMAGES)
 
 
 def _embedder(run: Run) -> Callable[[], Any]:
@@ -307,37 +249,11 @@ def _keep(run: Run, tracker: Tracker, content: dict[str, Any], pictures: Sequenc
     tracker.artifact(write_json(content, run.folder / "report.json"))
 
 
+def _track(tracker: Tracker, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, found in metrics.items():
+        tracker.metrics({f"{name}/{key}": one["value"] for key, one in found.items()}, 0, "evaluation")
+
+
 def _told(run: Run, content: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> Path:
     show(content)
     return run.folder / "report.json"
-
-
-def _resolved(config: OodfaceConfig) -> OodfaceConfig:
-    """With absolute paths, for workers have other working folders; the name of a hub data set stays as it is."""
-    dials = config.oodface
-    changes: dict[str, Any] = {"frost": dials.frost and _absolute(dials.frost)}
-    if dials.images and dials.layout != "hub":
-        changes["images"] = _absolute(dials.images)
-    entries = [
-        one if isinstance(one, str) else one.model_copy(update={"path": _absolute(one.path)})
-        for one in dials.evaluate.models
-    ]
-    changes["evaluate"] = dials.evaluate.model_copy(update={"models": entries})
-    return config.model_copy(update={"oodface": dials.model_copy(update=changes)})
-
-
-def _absolute(place: str) -> str:
-    return str(Path(place).expanduser().resolve())
-
-
-def _require_small_shards(dials: Oodface, conditions: int) -> None:
-    """A column of parquet holds 2 GiB of a shard's images, which as noise are as large as their pixels."""
-    from jobs.oodface.faces.align import TEMPLATES
-
-    template = TEMPLATES[dials.corrupt.template]
-    most = (1 << 31) // (conditions * template.height * template.width * 3 + 1)
-    if dials.corrupt.output == "parquet" and dials.faces_per_shard > most:
-        raise UserError(
-            f"oodface.faces_per_shard = {dials.faces_per_shard} x {conditions} versions may exceed the 2 GiB that a "
-            f"shard's images can have; lower it to {most}"
-        )

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from jobs.oodface.catalogue import Catalogue
-    from jobs.oodface.job import Run
+    from jobs.oodface.run import Run
 
-RULE = "fixed"  # the threshold of the clean images is what a deployed system has
+# the threshold of the clean images is what a deployed system has; a model that answers questions has none
+RULES = ("fixed", "answer")
 STAND_IN = "procedural stand-ins, not the paper's generators"
 
 
@@ -42,11 +43,22 @@ def evaluated(content: Mapping[str, Any]) -> None:
         console.print(f"Age, expression, rotation and accessories are {STAND_IN}.")
 
 
-def table(content: Mapping[str, Any], rule: str = RULE) -> Table:
+def asked(content: Mapping[str, Any]) -> None:
+    """The end of `ask` on the console: accuracies, and how much of the clean images' questions was answered."""
+    evaluated(content)
+    for model, metrics in content["metrics"].items():
+        clean = metrics["answered/clean"]["value"]
+        least = min((metric["value"], name) for name, metric in metrics.items() if name.startswith("answered/"))
+        print(f"{model} answered {clean:.0%} of the clean pairs, least of {least[1].partition('/')[2]}: {least[0]:.0%}")
+
+
+def table(content: Mapping[str, Any]) -> Table:
     """A row a model: clean accuracy, accuracy by category, and by how much it falls."""
     from rich.table import Table
 
-    shown = Table(title=f"Accuracy at the {rule} threshold, with 95 % intervals", title_justify="left")
+    rule = _rule(content)
+    told = "at the fixed threshold" if rule == "fixed" else "of the answers, none counting as wrong"
+    shown = Table(title=f"Accuracy {told}, with 95 % intervals", title_justify="left")
     shown.add_column("model")
     names = _columns(content, rule)
     for name in names:
@@ -91,7 +103,7 @@ def plots(content: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def heat_map(content: Mapping[str, Any]) -> Figure:
-    """Relative fall of accuracy, models by scenarios, at the threshold of the clean images."""
+    """Relative fall of accuracy, models by scenarios; of face models at the threshold of the clean images."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -116,23 +128,25 @@ def curves(content: Mapping[str, Any]) -> Figure | None:
     """Accuracy over severity: corruptions and variations, a line a model, with 95 % intervals."""
     from matplotlib.figure import Figure
 
+    rule = _rule(content)
     kinds = [kind for kind in ("cor", "var") if any(_at(content, kind))]
     if not kinds:
         return None
     figure = Figure((5 * len(kinds), 4), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    label = "accuracy, threshold of the clean images" if rule == "fixed" else "accuracy of the answers"
     titles = {"cor": "Corruptions", "var": f"Variations ({STAND_IN.partition(',')[0]})"}
     for axes, kind in zip(panels, kinds, strict=True):
         severities = _at(content, kind)
         for model, metrics in content["metrics"].items():
-            found = [_severity(metrics, kind, severity) for severity in severities]
-            clean = metrics[f"{RULE}/acc/clean"]
+            found = [_severity(metrics, rule, kind, severity) for severity in severities]
+            clean = metrics[f"{rule}/acc/clean"]
             shown = [clean, *found]
             values = [one["value"] for one in shown]
             lows = [value - one["ci95"][0] for value, one in zip(values, shown, strict=True)]
             highs = [one["ci95"][1] - value for value, one in zip(values, shown, strict=True)]
             axes.errorbar([0, *severities], values, yerr=(lows, highs), label=model, marker="o", capsize=2)
-        axes.set(title=titles[kind], xlabel="severity", ylabel="accuracy, threshold of the clean images")
+        axes.set(title=titles[kind], xlabel="severity", ylabel=label)
         axes.set_xticks([0, *severities], ["clean", *map(str, severities)])
         axes.grid(alpha=0.3)
         axes.legend()
@@ -171,7 +185,7 @@ def grid(run: Run, shard: Any) -> Figure:
     from matplotlib.figure import Figure
 
     from jobs.oodface.faces.align import ARCFACE
-    from jobs.oodface.job import work_plan
+    from jobs.oodface.run import work_plan
     from jobs.oodface.work import CLEAN, Faces
 
     plan = work_plan(run.config, run.conditions)
@@ -206,22 +220,29 @@ def _scenarios(content: Mapping[str, Any]) -> list[str]:
     return [name for name in SCENARIOS if _fall(metrics, name) is not None]
 
 
+def _rule(content: Mapping[str, Any]) -> str:
+    metrics = next(iter(content["metrics"].values()))
+    return next(rule for rule in RULES if f"{rule}/acc/clean" in metrics)
+
+
 def _fall(metrics: Mapping[str, Any], name: str) -> float | None:
-    for kind in ("rce", "rve"):
-        for ending in ("", ".selected"):
-            if found := metrics.get(f"{RULE}/{kind}/{name}{ending}"):
-                return found["value"]
+    for rule in RULES:
+        for kind in ("rce", "rve"):
+            for ending in ("", ".selected"):
+                if found := metrics.get(f"{rule}/{kind}/{name}{ending}"):
+                    return found["value"]
     return None
 
 
-def _severity(metrics: Mapping[str, Any], kind: str, severity: int) -> Mapping[str, Any] | None:
-    name = f"{RULE}/acc/{kind}/severity/{severity}"
+def _severity(metrics: Mapping[str, Any], rule: str, kind: str, severity: int) -> Mapping[str, Any] | None:
+    name = f"{rule}/acc/{kind}/severity/{severity}"
     return metrics.get(name) or metrics.get(f"{name}.selected")
 
 
 def _at(content: Mapping[str, Any], kind: str) -> list[int]:
     metrics = next(iter(content["metrics"].values()))
-    return [severity for severity in range(1, 6) if _severity(metrics, kind, severity)]
+    rule = _rule(content)
+    return [severity for severity in range(1, 6) if _severity(metrics, rule, kind, severity)]
 
 
 def _varied() -> set[str]:

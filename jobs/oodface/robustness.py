@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int8
 
 from cluster.errors import UserError
 from cluster.report import Metric
@@ -39,6 +39,7 @@ CORRUPTIONS = {"Lighting & Weather": 5, "Sensor": 3, "Movement": 3, "Data & Proc
 VARIATIONS = {"Age": 2, "Facial Expression": 4, "Rotation": 2, "Accessories": 2}
 SELECTED = ".selected"
 FALSE_ACCEPTS = (1e-2, 1e-3)
+UNANSWERED = -1
 
 Condition = tuple[str, int]  # a scenario's name and a severity
 
@@ -121,6 +122,51 @@ def evaluate(
     told = ["clean", *(f"{scenario}/{severity}" for scenario, severity in scored.conditions)]
     by_condition = {rule: dict(zip(told, limits, strict=True)) for rule, limits in thresholds.items()}
     return Evaluation(found, by_condition, len(same), int((~whole).sum()))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model that says yes or no said of all pairs: (n, 1 + k), the clean condition's column first.
+
+    1 is yes, the two images show one person, 0 no, `UNANSWERED` neither.
+    """
+
+    same: Same
+    fold: Fold
+    answers: Int8[np.ndarray, "n columns"]
+    conditions: Sequence[Condition]
+
+
+def decided(asked: Answered, categories: Mapping[str, str], seed: int, resamples: int = RESAMPLES) -> dict[str, Metric]:
+    """What OODFace reports of a model that has no threshold.
+
+    Accuracies stand below answer/acc/, their relative falls below answer/rce and answer/rve, by the names of
+    `evaluate`; a pair without an answer is decided wrongly. Below answered/ stands the share of pairs with an answer,
+    below true_accept/ and false_accept/ the shares of pairs of one and of two people that the model takes for one.
+    Intervals: the bootstrap over pairs.
+
+    Raises:
+        UserError: no clean pair is decided rightly.
+    """
+    means = _means(list(asked.conditions), categories)
+    mixture = np.stack([mean.weights for mean in means], axis=1)
+    same, strata = asked.same, 2 * asked.fold + asked.same
+
+    def spread(outcome: Bool[np.ndarray, "n columns"], chosen: Bool[np.ndarray, " n"]) -> tuple[np.ndarray, Resampled]:
+        draws = bootstrap(outcome[chosen], strata[chosen], seed, resamples) @ mixture
+        return outcome[chosen].mean(axis=0) @ mixture, Resampled(draws, int(chosen.sum()), seed)
+
+    yes, all_pairs = asked.answers == 1, np.ones(len(same), dtype=bool)
+    found = _accuracies("answer", means, *spread(asked.answers == same[:, None], all_pairs))
+    shares = {
+        "answered": (asked.answers != UNANSWERED, all_pairs),
+        "true_accept": (yes, same),
+        "false_accept": (yes, ~same),
+    }
+    for name, (outcome, chosen) in shares.items():
+        values, draws = spread(outcome, chosen)
+        found |= _listed(name, means, draws.metrics(values))
+    return found
 
 
 class _Mean(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import sys
@@ -20,6 +21,7 @@ from jobs.oodface.config import Corrupt
 from jobs.oodface.drawn import Person, portrait
 from jobs.oodface.scenarios import selected
 from jobs.oodface.work import CLEAN, Plan, Shard, Writer
+from tests.chat_endpoint import completion, serving
 from tests.e2e import commands
 from tests.e2e.commands import alive, wait
 
@@ -152,6 +154,39 @@ def test_models_are_scored_under_every_condition(storage, faces):
     assert metrics["fixed/acc/clean"]["value"] > 0.8
     for name in ("heat_map.png", "severity.png", "grid.png"):
         assert (storage / "scores" / "plots" / name).stat().st_size > 5000
+
+
+def test_a_model_behind_an_endpoint_is_asked_about_every_pair_once(storage, faces):
+    def by_colour(body: dict) -> tuple[int, dict[str, str], str]:
+        urls = [part["image_url"]["url"] for part in body["messages"][0]["content"][1:]]
+        pixels = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB") for url in urls]
+        assert [one.size for one in pixels] == [(150, 150)] * 2
+        means = [np.asarray(one, np.float32).mean(axis=(0, 1)) for one in pixels]
+        return 200, {}, completion("Yes." if np.abs(means[0] - means[1]).max() < 12 else "No.")
+
+    with serving() as endpoint:
+        endpoint.answer = by_colour
+        changes = {
+            "evaluate.pairs": faces / "pairs.csv",
+            "ask.endpoints": f"[{{base_url: {endpoint.base_url}, model: eyes}}]",
+            "ask.template": "dlib",
+            "scenarios": "[sensor]",
+            "severities": "[5]",
+        }
+        finish(oodface(storage, faces, "ask", "asked", **changes))
+        asked = len(endpoint.requests)
+        printed = finish(oodface(storage, faces, "ask", "asked", **changes))
+        assert len(endpoint.requests) == asked == PEOPLE * 3 * 2 * (1 + 3)
+    assert "eyes answered 100% of the clean pairs" in printed
+    report = json.loads((storage / "asked" / "report.json").read_text())
+    assert report["models"] == {"eyes": endpoint.base_url}
+    metrics = report["metrics"]["eyes"]
+    for name in ("answer/acc/clean", "answer/acc/pixelate/5", "answer/rce.selected", "false_accept/color_shift/5"):
+        low, high = metrics[name]["ci95"]
+        assert low <= metrics[name]["value"] <= high
+    assert metrics["answer/acc/clean"]["value"] > 0.5
+    for name in ("heat_map.png", "severity.png", "grid.png"):
+        assert (storage / "asked" / "plots" / name).stat().st_size > 5000
 
 
 @pytest.mark.parametrize(

@@ -2,76 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from cluster.errors import JobFailure, UserError
 from jobs.scoring.chat import ChatSettings, retry_after_s
 from jobs.scoring.judge import Judge, parse_scores
+from tests.chat_endpoint import Endpoint, completion, serving
 
 NAMES = ("clarity", "truth")
 GOOD = '{"clarity": 80, "truth": 12.5}'
 TOKEN = "a-token-that-nobody-may-see"
 
 
-class Endpoint:
-    """Gives the scripted replies in turn, the last one for ever; keeps the requests."""
-
-    def __init__(self) -> None:
-        self.replies: list[tuple[int, dict[str, str], str]] = [(200, {}, completion(GOOD))]
-        self.requests: list[tuple[str, dict[str, str], dict]] = []
-        self.delay_s = self.trickle_s = 0.0
-        self._lock = threading.Lock()
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with endpoint._lock:
-                    endpoint.requests.append((self.path, dict(self.headers), body))
-                    status, headers, text = endpoint.replies[0]
-                    if len(endpoint.replies) > 1:
-                        endpoint.replies.pop(0)
-                time.sleep(endpoint.delay_s)
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(text.encode())))
-                self.end_headers()
-                for byte in text.encode() if endpoint.trickle_s else ():
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(endpoint.trickle_s)
-                if not endpoint.trickle_s:
-                    self.wfile.write(text.encode())
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        # A client that gave up leaves a broken pipe behind, which is no news here.
-        self.server.handle_error = lambda *_: None
-        self.base_url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-
-def completion(text: str) -> str:
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
-    endpoint = Endpoint()
-    thread = threading.Thread(target=endpoint.server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield endpoint
-    endpoint.server.shutdown()
-    endpoint.server.server_close()
-    thread.join(timeout=5)
+    with serving() as endpoint:
+        endpoint.replies = [(200, {}, completion(GOOD))]
+        yield endpoint
 
 
 @pytest.fixture

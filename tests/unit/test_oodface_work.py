@@ -20,10 +20,11 @@ from jobs.oodface import drawn, pipeline, scoring, work
 from jobs.oodface.config import Corrupt, OodfaceConfig
 from jobs.oodface.defences import NAMES, defended
 from jobs.oodface.faces.detector import load_detector
-from jobs.oodface.job import catalogue_lines, dry_run, prepare
+from jobs.oodface.job import catalogue_lines
 from jobs.oodface.protocols import Pairs
 from jobs.oodface.protocols import load as load_pairs
 from jobs.oodface.randomness import keys
+from jobs.oodface.run import dry_run, prepare
 from jobs.oodface.scenarios import SCENARIOS, selected
 from jobs.oodface.work import CLEAN, Embedder, Plan, Shard, Writer, encoded
 

@@ -1,0 +1,158 @@
+"""A run of OODFace before anything is started: what it works on, and what is wrong with it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import runs, session
+from cluster.errors import UserError, paths_named
+from cluster.report import digest
+from cluster.tracking import masked
+from jobs.oodface import protocols
+from jobs.oodface.config import Oodface, OodfaceConfig
+from jobs.oodface.corruptions.occlusion import require_textures
+from jobs.oodface.scenarios import selected
+from jobs.oodface.sources import LAYOUTS
+
+if TYPE_CHECKING:
+    from jobs.oodface.work import Plan
+
+CLEAN = ("clean", 0)
+VERSION = 1  # of what shards hold: another number makes all of them again
+# what decides how fast shards are made and not what they hold; scenarios and severities count as conditions
+SPEED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "corrupt", "evaluate", "ask"}
+SPEED |= {"scenarios", "severities", "clean"}
+PATIENCE = {"token_env", "timeout_s", "deadline_s", "concurrency"}  # of an endpoint; they decide no answer
+
+
+@dataclass
+class Run(runs.Run):
+    """One run's folder and what it works on."""
+
+    config: OodfaceConfig
+    folder: Path
+    command: str
+    conditions: tuple[tuple[str, int], ...]
+    pairs: protocols.Pairs | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(config: OodfaceConfig, out: Path | None, command: str, what: str) -> Run:
+    """Finds what is wrong with configuration, models and pairs before anything is started or written."""
+    session.prepare(config)
+    config = _resolved(config)
+    dials = config.oodface
+    if not dials.images:
+        raise UserError(
+            "oodface.images is not set; name a folder of photographs, as --set oodface.images=DIR, and its layout with "
+            f"--set oodface.layout={'|'.join(LAYOUTS)}"
+        )
+    severities = sorted(set(dials.severities))
+    conditions = [(name, severity) for name in selected(dials.scenarios) for severity in severities]
+    pairs, versions = None, {}
+    if what != "corrupt":
+        pairs, versions = _pairs(config), _versions(config, what)
+    else:
+        _require_small_shards(dials, len(conditions) + dials.clean)
+    if dials.frost is not None:
+        require_textures(Path(dials.frost))
+    if dials.clean or what != "corrupt":
+        conditions.insert(0, CLEAN)
+    settings = getattr(dials, what).model_dump(exclude={"endpoints": {"__all__": PATIENCE}})
+    own = dials.model_dump(exclude=SPEED) | {what: settings}
+    told = None if pairs is None else [list(map(int, pairs.fold)), pairs.same.tolist(), pairs.image_a, pairs.image_b]
+    identity = digest([VERSION, what, own, conditions, dict(versions), told])
+    folder = (out or session.storage(config) / "oodface" / f"{what}-{identity}").resolve()
+    return Run(config, folder, command, tuple(conditions), pairs, versions, {"identity": identity})
+
+
+def dry_run(config: OodfaceConfig, what: str) -> None:
+    """Prints the resolved configuration and what would be made."""
+    import yaml
+
+    with paths_named():
+        run = prepare(config, None, "", what)
+    print(yaml.safe_dump(masked(config.model_dump(include={"cluster", "tracking", "oodface"})), sort_keys=False))
+    print(f"{len(run.conditions)} versions of each image: {', '.join(selected(config.oodface.scenarios))}")
+    if run.pairs is not None:
+        asked = f" ({len(run.pairs) * len(run.conditions)} questions each)" if what == "ask" else ""
+        print(f"{len(run.pairs)} pairs of {len(run.pairs.images())} images; models: {', '.join(run.versions)}{asked}")
+
+
+def work_plan(config: OodfaceConfig, conditions: Sequence[tuple[str, int]]) -> "Plan":
+    """What a worker is told."""
+    from jobs.oodface.work import Plan
+
+    dials = config.oodface
+    gpu = dials.gpus_per_worker > 0
+    return Plan(
+        tuple(conditions),
+        dials.seed,
+        dials.truncate,
+        dials.frost,
+        dials.batch_size,
+        "cuda" if gpu else "cpu",
+        1 if gpu else max(1, dials.cpus_per_worker - (dials.cpus_per_worker > 2)),
+    )
+
+
+def _pairs(config: OodfaceConfig) -> protocols.Pairs:
+    dials = config.oodface.evaluate
+    if not dials.pairs:
+        raise UserError(
+            "oodface.evaluate.pairs is not set; name the list of pairs, and its form with "
+            f"--set oodface.evaluate.protocol={'|'.join(protocols.PROTOCOLS)}"
+        )
+    pairs = protocols.load(dials.protocol, Path(dials.pairs).expanduser())
+    return pairs if dials.pairs_per_fold is None else protocols.quick(pairs, dials.pairs_per_fold)
+
+
+def _versions(config: OodfaceConfig, what: str) -> dict[str, str]:
+    """What is asked, by name: face models and their versions, or models and their endpoints."""
+    if what == "ask":
+        from jobs.oodface import pair_question
+
+        pair_question.clients(config.oodface.ask)
+        return {one.model: one.base_url for one in config.oodface.ask.endpoints}
+    from jobs.oodface.faces import models
+
+    found: dict[str, str] = {}
+    for entry in config.oodface.evaluate.models:
+        model = models.load(entry)
+        if model.name in found:
+            raise UserError(f"oodface.evaluate.models names {model.name} twice; drop one or give it another name")
+        found[model.name] = model.version
+    return found
+
+
+def _resolved(config: OodfaceConfig) -> OodfaceConfig:
+    """With absolute paths, for workers have other working folders; the name of a hub data set stays as it is."""
+    dials = config.oodface
+    changes: dict[str, Any] = {"frost": dials.frost and _absolute(dials.frost)}
+    if dials.images and dials.layout != "hub":
+        changes["images"] = _absolute(dials.images)
+    entries = [
+        one if isinstance(one, str) else one.model_copy(update={"path": _absolute(one.path)})
+        for one in dials.evaluate.models
+    ]
+    changes["evaluate"] = dials.evaluate.model_copy(update={"models": entries})
+    return config.model_copy(update={"oodface": dials.model_copy(update=changes)})
+
+
+def _absolute(place: str) -> str:
+    return str(Path(place).expanduser().resolve())
+
+
+def _require_small_shards(dials: Oodface, conditions: int) -> None:
+    """A column of parquet holds 2 GiB of a shard's images, which as noise are as large as their pixels."""
+    from jobs.oodface.faces.align import TEMPLATES
+
+    template = TEMPLATES[dials.corrupt.template]
+    most = (1 << 31) // (conditions * template.height * template.width * 3 + 1)
+    if dials.corrupt.output == "parquet" and dials.faces_per_shard > most:
+        raise UserError(
+            f"oodface.faces_per_shard = {dials.faces_per_shard} x {conditions} versions may exceed the 2 GiB that a "
+            f"shard's images can have; lower it to {most}"
+        )

@@ -1,0 +1,150 @@
+"""The pair question against a real HTTP server: what is sent, what an answer means, and what comes of it."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.config import load
+from cluster.errors import JobFailure, UserError
+from jobs.oodface import pair_question, robustness
+from jobs.oodface.config import OodfaceConfig
+from jobs.oodface.pair_question import parsed
+from jobs.oodface.protocols import Pairs
+from jobs.oodface.work import CLEAN
+from tests.chat_endpoint import completion, serving
+
+CONDITIONS = (CLEAN, ("fog", 1), ("fog", 5))
+SHADES = {"a": 10, "b": 12, "c": 200, "d": 203}
+
+
+@pytest.fixture
+def endpoint():
+    with serving() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A grey square an image, its shade telling the person; fog at severity 5 hides all."""
+    for scenario, severity in CONDITIONS:
+        place = tmp_path / "images" / scenario / str(severity)
+        place.mkdir(parents=True)
+        for name, shade in SHADES.items():
+            Image.new("RGB", (8, 8), (0, 0, 0) if severity == 5 else (shade,) * 3).save(place / f"{name}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def pairs():
+    folds, same = np.array([0, 0, 0, 0]), np.array([True, True, False, False])
+    return Pairs(folds, same, ("a", "c", "a", "b"), ("b", "d", "c", "d"), ("1", "2", "3", "4"))
+
+
+def configured(*endpoints: str, **more: str):
+    sets = [f"oodface.ask.endpoints=[{', '.join(endpoints)}]", *(f"oodface.{key}={more[key]}" for key in more)]
+    return load(OodfaceConfig, sets=[*sets, "oodface.scenarios=[fog]", "oodface.severities=[1, 5]"], environ={}).oodface
+
+
+def shades(body: dict) -> list[int]:
+    _, *pictures = body["messages"][0]["content"]
+    head = "data:image/png;base64,"
+    assert all(one["image_url"]["url"].startswith(head) for one in pictures)
+    files = [base64.b64decode(one["image_url"]["url"].removeprefix(head)) for one in pictures]
+    return [Image.open(io.BytesIO(file)).getpixel((0, 0))[0] for file in files]
+
+
+def by_shade(body: dict):
+    first, second = shades(body)
+    text = "I cannot identify people." if first == 0 else "Yes." if abs(first - second) < 10 else "No, they differ."
+    return 200, {}, completion(text)
+
+
+def asked(folder, images, pairs, dials):
+    manifest = pair_question.ask(folder, {"of": "this test"}, images, pairs, CONDITIONS, dials.ask)
+    return pair_question.score(manifest.files(folder), pairs, CONDITIONS, dials)
+
+
+def test_both_photographs_and_the_question_go_out_and_answers_are_scored(endpoint, images, pairs, tmp_path):
+    endpoint.answer = by_shade
+    dials = configured(f"{{base_url: {endpoint.base_url}, model: eyes}}")
+    found = asked(tmp_path / "answers", images, pairs, dials)
+    path, _, body = endpoint.requests[0]
+    assert (path, body["model"], body["temperature"]) == ("/v1/chat/completions", "eyes", 0)
+    assert body["messages"][0]["content"][0] == {"type": "text", "text": dials.ask.question}
+    assert len(endpoint.requests) == len(pairs) * len(CONDITIONS)
+    metrics = {name: one["value"] for name, one in found["metrics"]["eyes"].items()}
+    assert metrics["answer/acc/clean"] == metrics["answer/acc/fog/1"] == 1
+    assert metrics["answer/acc/fog/5"] == metrics["answered/fog/5"] == 0
+    assert metrics["answer/acc/fog.selected"] == metrics["answer/rce/fog.selected"] == 0.5
+    assert (metrics["true_accept/clean"], metrics["false_accept/clean"], metrics["true_accept/fog/5"]) == (1, 0, 0)
+    assert found["pairs"] == {"eyes": 4}
+
+
+def test_what_was_answered_is_not_asked_again(endpoint, images, pairs, tmp_path):
+    endpoint.answer = lambda body: (400, {}, "") if shades(body)[0] == 0 else by_shade(body)
+    dials = configured(f"{{base_url: {endpoint.base_url}, model: eyes}}")
+    with pytest.raises(UserError, match=r"The model eyes at http.* refused the request for model eyes \(HTTP 400\)"):
+        asked(tmp_path / "answers", images, pairs, dials)
+    endpoint.requests.clear()
+    endpoint.answer = by_shade
+    asked(tmp_path / "answers", images, pairs, dials)
+    assert len(endpoint.requests) == len(pairs)
+
+
+def test_an_endpoint_that_is_gone_ends_in_a_sentence(images, pairs, tmp_path):
+    with serving() as endpoint:
+        base_url = endpoint.base_url
+    dials = configured(f"{{base_url: {base_url}, model: eyes, deadline_s: 0.8}}")
+    with pytest.raises(JobFailure, match=r"The model eyes at .* gave no answer within 0\.8 s"):
+        asked(tmp_path / "answers", images, pairs, dials)
+
+
+def test_endpoints_are_checked_before_anything_is_made(monkeypatch):
+    with pytest.raises(UserError, match=r"oodface\.ask\.endpoints is empty"):
+        pair_question.clients(configured().ask)
+    twice = "{base_url: http://127.0.0.1:9/v1, model: eyes}"
+    with pytest.raises(UserError, match="names eyes twice"):
+        pair_question.clients(configured(twice, twice).ask)
+    monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
+    with pytest.raises(UserError, match="NO_SUCH_TOKEN, which the token_env of the model eyes names, is not set"):
+        pair_question.clients(
+            configured("{base_url: http://127.0.0.1:9/v1, model: eyes, token_env: NO_SUCH_TOKEN}").ask
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("Yes", True),
+        ("no.", False),
+        ("**No**, the noses differ.", False),
+        ("The eyes are alike. So is the mouth. My answer is yes.", True),
+        ("Same jaw, yes.\nBut other ears.\n\nAnswer: no", False),
+        ("<think>no, yes, no</think>\nYes", True),
+        ("I'm sorry, I can't compare people in pictures.", None),
+        ("It could be yes or no.", None),
+        ("I know nothing of yesterday.", None),
+        ("", None),
+    ],
+)
+def test_what_an_answer_means(text, meaning):
+    assert parsed(text) is meaning
+
+
+def test_shares_of_answers_by_hand():
+    same, fold = np.array([True, True, True, False]), np.zeros(4, dtype=int)
+    answers = np.array([[1, 1], [1, 0], [0, -1], [0, 1]], dtype=np.int8)
+    found = robustness.decided(
+        robustness.Answered(same, fold, answers, [("fog", 3)]), {"fog": "Lighting & Weather"}, 0, 200
+    )
+    values = {name: metric.value for name, metric in found.items()}
+    assert (values["answer/acc/clean"], values["answer/acc/fog/3"]) == (0.75, 0.25)
+    assert values["answer/rce/fog/3"] == pytest.approx(2 / 3)
+    assert (values["answered/clean"], values["answered/fog/3"]) == (1, 0.75)
+    assert values["true_accept/fog/3"] == pytest.approx(1 / 3)
+    assert (values["false_accept/clean"], values["false_accept/fog/3"]) == (0, 1)
