@@ -109,12 +109,25 @@ def distort(
         require_severity(level)
         for part in _parts([at for at, other in enumerate(levels) if other == level], images, one):
             draws = one.draw(Random(keys[part], images.device), level, images.shape[2], images.shape[3])
+            if (reduced := one.rows(images[part], level)) is not None:
+                _repeated(*reduced, truncate, result, part)
+                continue
             changed = _changed(images[part], one, level, draws, None if landmarks is None else landmarks[part])
             if isinstance(part, slice) and not changed.requires_grad:
                 _finished(changed, truncate, result[part])
             else:
                 result[part] = _finished(changed, truncate, None).to(images.dtype)
     return result
+
+
+def _repeated(
+    rows: Images, index: Int[Tensor, " height"], truncate: bool, result: Images, part: slice | list[int]
+) -> None:
+    rows = _finished(rows, truncate, None)
+    if isinstance(part, slice) and not rows.requires_grad and rows.dtype == result.dtype:
+        torch.index_select(rows, 2, index, out=result[part])
+    else:
+        result[part] = rows.index_select(2, index).to(result.dtype)
 
 
 def _require_batch(images: Images, levels: Sequence[int], keys: Int[Tensor, " batch"]) -> None:

@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cluster.config import Config, Section
-from jobs.scoring.entailment import EntailmentSettings
 from jobs.scoring.chat import ChatSettings
+from jobs.scoring.entailment import EntailmentSettings
 
 MOST = 1_000_000  # of anything counted: a slip of the finger ends here, before it fills the memory
 
