@@ -95,6 +95,7 @@ def work_plan(config: OodfaceConfig, conditions: Sequence[tuple[str, int]]) -> "
         dials.batch_size,
         "cuda" if gpu else "cpu",
         1 if gpu else max(1, dials.cpus_per_worker - (dials.cpus_per_worker > 2)),
+        max(1, dials.cpus_per_worker - 1),  # the other one decodes meanwhile
     )
 
 

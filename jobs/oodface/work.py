@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ class Plan:
     """What is done to every shard.
 
     conditions: scenario and severity, ("clean", 0) for the crop as it is.
+    threads: of torch. encoders: files that are encoded at a time.
     """
 
     conditions: tuple[tuple[str, int], ...]
@@ -50,6 +52,7 @@ class Plan:
     batch_size: int
     device: str = "cpu"
     threads: int = 1
+    encoders: int = 1
 
 
 @dataclass
@@ -133,6 +136,7 @@ class Writer:
     def __init__(self, plan: Plan, dials: Corrupt, folder: Path) -> None:
         self.faces, self.dials, self.folder = Faces(plan), dials, folder
         self.clock = self.faces.clock
+        self.pool = ThreadPoolExecutor(plan.encoders)
 
     def __call__(self, shard: Shard) -> pa.Table:
         """Rows: image_id, identity, scenario, severity, found, and image {bytes, path} or file and sha256."""
@@ -142,7 +146,7 @@ class Writer:
         for scenario, severity in self.faces.plan.conditions:
             images = self.faces.under(crops, shard.image_ids, scenario, severity)
             with self.clock("encode"):
-                files = encoded(images, self.dials.format, self.dials.quality)
+                files = encoded(images, self.dials.format, self.dials.quality, self.pool)
             with self.clock("write"):
                 for at, file in enumerate(files):
                     row = {
@@ -233,7 +237,7 @@ class Embedder:
 SUFFIXES = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 
 
-def encoded(images: Images, format: str, quality: int) -> list[bytes]:
+def encoded(images: Images, format: str, quality: int, pool: ThreadPoolExecutor) -> list[bytes]:
     """Image files of the crops; png and webp are lossless."""
     import cv2
 
@@ -242,8 +246,11 @@ def encoded(images: Images, format: str, quality: int) -> list[bytes]:
         "webp": [cv2.IMWRITE_WEBP_QUALITY, 101],  # above 100: lossless
         "jpeg": [cv2.IMWRITE_JPEG_QUALITY, quality],
     }[format]
-    pixels = (images * 255).to(torch.uint8).cpu().numpy()
-    return [cv2.imencode(f".{SUFFIXES[format]}", cv2.merge(one[::-1]), options)[1].tobytes() for one in pixels]
+
+    def file(planes: np.ndarray) -> bytes:
+        return cv2.imencode(f".{SUFFIXES[format]}", cv2.merge(planes[::-1]), options)[1].tobytes()
+
+    return list(pool.map(file, (images * 255).to(torch.uint8).cpu().numpy()))
 
 
 def _configured(name: str, plan: Plan) -> Scenario:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,8 @@ def test_no_image_is_written_outside_the_folder(shard, tmp_path):
 @pytest.mark.parametrize("format", ["png", "webp"])
 def test_lossless_files_give_the_pixels_back(format):
     images = torch.randint(0, 256, (2, 3, 20, 30)).float() / 255
-    for image, file in zip(images, encoded(images, format, 95), strict=True):
+    files = encoded(images, format, 95, ThreadPoolExecutor(2))
+    for image, file in zip(images, files, strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
         assert np.array_equal(pixels, (image * 255).round().byte().permute(1, 2, 0).numpy())
 
