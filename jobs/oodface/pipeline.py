@@ -7,7 +7,7 @@ catalogue alone, and a finished one is left out after a restart.
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,7 @@ def files_present(shard: Path, images: Path) -> bool:
 
 
 def summary(shards: Sequence[datasets.Shard], workers: int) -> dict[str, Any]:
-    """Where the time went: seconds a stage, shares of the workers' wall time, processors kept busy, images a second.
+    """Where the time went: seconds a stage, shares of the workers' wall time, processors and GPUs kept busy, images/s.
 
     The wall time is that in which some worker was at a shard, and pauses between shards; not starts and restarts.
     """
@@ -127,7 +127,19 @@ def summary(shards: Sequence[datasets.Shard], workers: int) -> dict[str, Any]:
         "rows": rows,
         "rows_per_second": round(rows / wall, 1),
         "peak_memory_gib": round(max(note["peak_memory_gib"] for note in notes), 2),
-    }
+    } | _gpu(notes)
+
+
+def _gpu(notes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The GPUs' busy share, each shard's by its time, and peak memory; nothing where there were none."""
+    seen = [(note["gpu_busy"], note["ended"] - note["started"]) for note in notes if "gpu_busy" in note]
+    peaks = [note["gpu_peak_memory_gib"] for note in notes if "gpu_peak_memory_gib" in note]
+    found = {}
+    if seen:
+        found["gpu_busy"] = round(sum(busy * time for busy, time in seen) / sum(time for _, time in seen), 4)
+    if peaks:
+        found["gpu_peak_memory_gib"] = round(max(peaks), 2)
+    return found
 
 
 def _wall(spans: Sequence[tuple[float, float]]) -> float:
@@ -147,6 +159,7 @@ class _Worker:
         self.make, self.folder = maker(), folder
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        from jobs.oodface.meter import gpu_use
         from jobs.oodface.work import Shard
 
         records = []
@@ -158,11 +171,12 @@ class _Worker:
                 for data, height, width in zip(row["pixels"], row["heights"], row["widths"], strict=True)
             ]
             note = {"faces": len(pixels), "lost": row["lost"], "no_face": []}
-            table = (
-                self.make.empty()
-                if not pixels
-                else self.make(Shard(row["index"], row["image_ids"], row["identities"], pixels))
-            )
+            with gpu_use(self.make.clock.device) as gpu:
+                table = (
+                    self.make.empty()
+                    if not pixels
+                    else self.make(Shard(row["index"], row["image_ids"], row["identities"], pixels))
+                )
             note["no_face"] = table.filter(pc.invert(table["found"]))["image_id"].unique().to_pylist()
             note |= {
                 "started": started,
@@ -171,7 +185,7 @@ class _Worker:
                 "decode_seconds": row["decode_seconds"],
                 "seconds": dict(self.make.clock.seconds),
                 "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            }
+            } | gpu
             shard = datasets.write_shard(self.folder, row["index"], table, note)
             records.append({"index": row["index"], "rows": shard.rows})
         return pa.Table.from_pylist(records)

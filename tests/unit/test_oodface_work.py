@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from cluster import datasets
 from cluster.config import load
 from cluster.datasets import Shard as Written
 from cluster.errors import UserError
-from jobs.oodface import drawn, pipeline, scoring, work
+from jobs.oodface import drawn, meter, pipeline, scoring, work
 from jobs.oodface.config import Corrupt, OodfaceConfig
 from jobs.oodface.defences import NAMES, defended
 from jobs.oodface.faces.detector import load_detector
@@ -198,7 +199,10 @@ def test_defences_do_what_they_say():
 
 def test_scenarios_are_chosen_by_name_category_or_group():
     assert selected(["sensor", "fog"]) == ["fog", "defocus_blur", "color_shift", "pixelate"]
-    assert len(selected(["corruptions", "variations"])) == len(SCENARIOS) == 30
+    thirty, extensions = selected(["corruptions", "variations"]), ["elastic_transform", "face_mask"]
+    assert len(thirty) == 30
+    assert selected(load(OodfaceConfig, environ={}).oodface.scenarios) == thirty
+    assert selected(["Extensions", "corruptions", "variations"]) == [*SCENARIOS] == thirty + extensions
     for name, near in (("make-up", "makeup"), ("corruption", "corruptions"), ("Sensors", "Sensor")):
         with pytest.raises(UserError, match=f"did you mean {near}"):
             selected([name])
@@ -256,3 +260,27 @@ def test_a_user_reads_what_is_wrong_with_the_images():
     assert lines[1] == "left out: 0.png is empty"
     assert lines[6] == "left out: 2 more, listed in the catalogue"
     assert lines[-1] == "one picture under two names: a, b"
+
+
+def test_a_gpu_is_looked_at_while_a_shard_is_made(monkeypatch):
+    looks = iter([20, 100])
+    ended = threading.Event()
+
+    def utilization(device: torch.device) -> int:
+        value = next(looks, None)
+        if value is None:
+            ended.set()
+        return 60 if value is None else value
+
+    monkeypatch.setattr(meter, "EVERY_S", 0.001)
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
+    with meter.gpu_use(torch.device("cuda", 0)) as found:
+        ended.wait(10)
+    assert found == {"gpu_busy": pytest.approx(0.6), "gpu_peak_memory_gib": 3}
+    with meter.gpu_use(torch.device("cpu")) as found:
+        pass
+    assert found == {}
+    notes = [{"gpu_busy": 0.5, "started": 0, "ended": 3}, {"gpu_busy": 0.9, "started": 0, "ended": 1}, {}]
+    assert pipeline._gpu(notes) == {"gpu_busy": 0.6}
