@@ -53,7 +53,7 @@ class Dimension(Section):
 
 
 class Search(Section):
-    """One search. Its objectives are all maximised; trials that fall behind at equal steps are ended early (ASHA)."""
+    """One search. All its objectives are maximised; trials that fall behind at equal steps are ended (halving)."""
 
     trials: int = Field(default=24, ge=1, le=MOST)
     max_concurrent: int | None = Field(default=None, ge=1, le=MOST)

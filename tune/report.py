@@ -1,10 +1,11 @@
-"""What a search found: the front, the volume that it spans trial by trial, what mattered, and what ASHA saved."""
+"""What a search found: the front, the volume that it spans trial by trial, what mattered, and what halving saved."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from tune.front import hypervolume, hypervolumes, nondominated
-from tune.search import COMPLETE, FAILED, STOPPED, Plan, Record, spanned
+from tune.search import COMPLETE, FAILED, STOPPED, Plan, Record
 from tune.space import distributions
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ def importance(plan: Plan, looked: Sequence[Record]) -> dict[str, float]:
         study.add_trial(optuna.trial.create_trial(value=value, params=record.values, distributions=space))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=plan.settings.seed)
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+def spanned(look: Mapping[str, float], objectives: Sequence[str]) -> float:
+    """The volume between the origin and a point, which the best trial has most of."""
+    return prod(look[name] for name in objectives)
 
 
 def table(content: Mapping[str, Any]) -> "Table":

@@ -1,7 +1,7 @@
-"""A search over one job with Ray Tune: Optuna proposes, ASHA ends what falls behind, every trial leaves a record.
+"""A search over one job with Ray Tune: Optuna proposes, halving ends what falls behind, every trial leaves a record.
 
 The records (`trials/NNN.json`) are all that the search itself remembers: after `kill -9` the next driver tells Optuna
-and ASHA what they say, and starts what was running again under its number. Nothing is unpickled.
+and the rungs what they say, and starts what was running again under its number. Nothing is unpickled.
 """
 
 import os
@@ -10,18 +10,17 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from cluster.cli import root_cause, sentence
 from cluster.errors import UserError
 from cluster.report import read_json, write_json
 from tune.config import Search
+from tune.halving import Halving, Rungs
 from tune.space import Space, Values, distributions
 
 # Ours are the only lines, records and handlers: Tune's own would print tables, write logs and swallow Ctrl-C.
@@ -31,7 +30,6 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 STUDY = "search"
-SPANNED = "spanned"
 RUNNING, COMPLETE, STOPPED, FAILED = "running", "complete", "stopped", "failed"
 STARTUP_SHARE = 4  # a trial in so many is drawn at random before Optuna's model of the space is asked
 REDRAWS = 100  # of a proposal that was tried before
@@ -110,12 +108,14 @@ def search(plan: Plan) -> list[Record]:
     missing = max(plan.settings.trials - len(ended), len(waiting))
     if missing > 0:
         os.environ.update(ENVIRONMENT)
+        grace = min(plan.settings.grace_steps, plan.max_steps)
+        rungs = Rungs(grace, plan.settings.reduction_factor, plan.max_steps)
         trial = tune.with_parameters(_trainable(plan), environment=dict(plan.environment))
         tuner = tune.Tuner(
             tune.with_resources(trial, {"memory": 1_000_000}),  # of the CPUs none: they are its training's
             tune_config=tune.TuneConfig(
                 search_alg=Proposals(plan, ended, waiting),
-                scheduler=Halving(plan, ended, waiting),
+                scheduler=Halving(plan.objectives, rungs, {record.number: record.looks for record in before}),
                 num_samples=missing,
                 max_concurrent_trials=plan.slots,
             ),
@@ -205,43 +205,6 @@ class Proposals(OptunaSearch):
             super().on_trial_complete(trial_id, result, error)
 
 
-class Halving(ASHAScheduler):
-    """ASHA on steps; it knows how earlier trials did, and lets the configuration as it is run to its end."""
-
-    def __init__(self, plan: Plan, ended: Sequence[Record], waiting: Sequence[Record]) -> None:
-        super().__init__(
-            time_attr="step",
-            metric=SPANNED,
-            mode="max",
-            max_t=plan.max_steps,
-            grace_period=min(plan.settings.grace_steps, plan.max_steps),
-            reduction_factor=plan.settings.reduction_factor,
-            stop_last_trials=False,
-        )
-        self.objectives = plan.objectives
-        self.earlier: dict[int, list[dict[str, float]]] = {record.number: record.looks for record in waiting}
-        for record in ended:
-            one = SimpleNamespace(trial_id=f"earlier-{record.number}", config=vars(record))
-            super().on_trial_add(None, one)
-            self._tell(one, record.looks)
-            self.on_trial_remove(None, one)
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Told by Tune; a trial that a killed driver left has looks already."""
-        super().on_trial_add(tune_controller, trial)
-        self._tell(trial, self.earlier.pop(trial.config["number"], []))
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        """Told by Tune. At its last step a trial ends by itself."""
-        action = super().on_trial_result(tune_controller, trial, result)
-        stays = not trial.config["values"] or result.get("step", 0) >= self._max_t
-        return TrialScheduler.CONTINUE if stays else action
-
-    def _tell(self, trial: Any, looks: Sequence[dict[str, float]]) -> None:
-        for look in looks:
-            super().on_trial_result(None, trial, look | {SPANNED: spanned(look, self.objectives)})
-
-
 class Keeper(tune.Callback):
     """Writes the records, and a line for each look and each end."""
 
@@ -273,7 +236,7 @@ class Keeper(tune.Callback):
         self.plan.keep(record)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
-        """Told by Tune, of a trial that returned and of one that ASHA ended."""
+        """Told by Tune, of a trial that returned and of one that halving ended."""
         record = self.records[trial.trial_id]
         returned = bool((trial.last_result or {}).get("returned"))
         self._end(record, COMPLETE if returned or record.last_step >= self.plan.max_steps else STOPPED)
@@ -304,16 +267,7 @@ class Reports(TuneReportCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Told by Ray Train."""
         if all(name in metrics[0] for name in self.objectives):
-            look = metrics[0] | {SPANNED: spanned(metrics[0], self.objectives)}
-            super().after_report(run_context, [look], None)
-
-
-def spanned(look: Mapping[str, float], objectives: Sequence[str]) -> float:
-    """The volume between the origin and a point: what ASHA compares, and what the best trial has most of."""
-    product = 1.0
-    for name in objectives:
-        product *= look[name]
-    return product
+            super().after_report(run_context, [metrics[0]], None)
 
 
 def _trainable(plan: Plan) -> Callable[..., dict[str, Any]]:
@@ -325,7 +279,7 @@ def _trainable(plan: Plan) -> Callable[..., dict[str, Any]]:
         except Exception as error:
             write_json({"message": sentence(root_cause(error))}, _failure(plan, number))
             raise
-        return look | {SPANNED: spanned(look, plan.objectives), "returned": True}
+        return look | {"returned": True}
 
     return trial
 

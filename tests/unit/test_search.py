@@ -1,4 +1,4 @@
-"""A search's memory without a cluster: records, what Optuna and ASHA are told of earlier trials, the report."""
+"""A search's memory without a cluster: records, what Optuna and the rungs are told of earlier trials, the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.console import Console
 from cluster.errors import UserError
 from tune import report
 from tune.config import Dimension, Search
-from tune.search import COMPLETE, FAILED, RUNNING, STOPPED, Halving, Keeper, Plan, Proposals, Record, recorded
+from tune.halving import Halving, Rungs, ranked
+from tune.search import COMPLETE, FAILED, RUNNING, STOPPED, Keeper, Plan, Proposals, Record, recorded
 
 OBJECTIVES = ("forgotten", "retained")
 LOW, HIGH = {"x": 0.1, "y": "a"}, {"x": 0.9, "y": "b"}
@@ -43,8 +44,8 @@ def trial(number: int, values: dict) -> SimpleNamespace:
     return SimpleNamespace(trial_id=f"t{number}", config={"number": number, "values": values}, last_result={})
 
 
-def told(step: int, span: float) -> dict[str, float]:
-    return {"step": step, "forgotten": span, "retained": 1.0, "spanned": span, "time_total_s": 3.21}
+def told(step: int, forgotten: float, retained: float = 1.0) -> dict[str, float]:
+    return {"step": step, "forgotten": forgotten, "retained": retained, "time_total_s": 3.21}
 
 
 def test_records_come_back_in_order(plan):
@@ -104,28 +105,45 @@ def test_nothing_is_tried_twice(plan):
     assert proposals.suggest("one too many")["values"] in [{"x": 1, "y": "a"}, *drawn]
 
 
-def test_a_trial_behind_the_earlier_ones_is_ended_at_its_first_rung(plan):
-    earlier = [Record(0, LOW, STOPPED, looks(0.8)), Record(1, LOW, STOPPED, looks(0.6))]
-    scheduler, slow, default = Halving(plan.plan, earlier, []), trial(2, HIGH), trial(3, {})
-    for one in (slow, default):
-        scheduler.on_trial_add(None, one)
-    assert scheduler.on_trial_result(None, slow, told(1, 0.0)) == TrialScheduler.CONTINUE
-    assert scheduler.on_trial_result(None, slow, told(2, 0.1)) == TrialScheduler.STOP
-    assert scheduler.on_trial_result(None, default, told(2, 0.0)) == TrialScheduler.CONTINUE
+def halving(*earlier: Record) -> Halving:
+    return Halving(OBJECTIVES, Rungs(2, 2, 8), {record.number: record.looks for record in earlier})
 
 
-def test_a_trial_at_its_last_step_ends_by_itself(plan):
-    scheduler, last = Halving(plan.plan, [Record(0, LOW, COMPLETE, looks(0.9, 0.9, 0.9, 0.9))], []), trial(1, HIGH)
-    scheduler.on_trial_add(None, last)
-    assert scheduler.on_trial_result(None, last, told(8, 0.1)) == TrialScheduler.CONTINUE
+def test_a_trial_behind_the_earlier_ones_is_ended_at_its_first_rung():
+    scheduler = halving(Record(0, LOW, STOPPED, looks(0.8)), Record(1, LOW, STOPPED, looks(0.6)))
+    slow, default = trial(2, HIGH), trial(3, {})
+    assert scheduler.on_trial_result(None, slow, told(1, 0.0, 0.1)) == TrialScheduler.CONTINUE
+    assert scheduler.on_trial_result(None, slow, told(2, 0.1, 0.1)) == TrialScheduler.STOP
+    assert scheduler.on_trial_result(None, default, told(2, 0.0, 0.1)) == TrialScheduler.CONTINUE
+
+
+def test_a_trial_that_keeps_more_and_forgets_less_goes_on():
+    scheduler = halving(Record(0, LOW, STOPPED, looks(0.8)), Record(1, LOW, STOPPED, looks(0.6)))
+    assert scheduler.on_trial_result(None, trial(2, HIGH), told(2, 0.5, 0.9)) == TrialScheduler.CONTINUE
+    nothing = scheduler.on_trial_result(None, trial(3, HIGH), told(2, 0.0, 1.0))
+    assert nothing == TrialScheduler.STOP  # no other keeps so much, but it has forgotten nothing
+
+
+def test_a_trial_at_its_last_step_ends_by_itself():
+    scheduler = halving(Record(0, LOW, COMPLETE, looks(0.9, 0.9, 0.9, 0.9)))
+    assert scheduler.on_trial_result(None, trial(1, HIGH), told(8, 0.1, 0.1)) == TrialScheduler.CONTINUE
+
+
+def test_trials_are_ranked_by_fronts_and_then_by_the_volume_that_they_add():
+    points = [(0.9, 0.5), (0.0, 1.0), (0.5, 0.9), (0.85, 0.52), (0.4, 0.4), (0.9, 0.5)]
+    # .45 both: the first; then what adds .2, .007 and nothing; the copy and the dominated one come after
+    assert ranked(points) == [0, 2, 3, 1, 5, 4]
+
+
+def test_rungs_lie_so_many_times_further_and_below_the_last_step():
+    assert list(Rungs(2, 1.5, 8).points) == [2, 3, 4, 7]
+    assert list(Rungs(8, 2, 8).points) == []
 
 
 def test_what_a_killed_driver_saw_of_a_trial_still_counts(plan):
     waiting = Record(2, HIGH, looks=looks(0.9, 0.2), seconds=10.0)
-    scheduler, again, other = Halving(plan.plan, [], [waiting]), trial(2, HIGH), trial(3, LOW)
-    for one in (again, other):
-        scheduler.on_trial_add(None, one)
-    assert scheduler.on_trial_result(None, other, told(2, 0.3)) == TrialScheduler.STOP  # .9 x .5 stands at that rung
+    scheduler, again, other = halving(waiting), trial(2, HIGH), trial(3, LOW)
+    assert scheduler.on_trial_result(None, other, told(2, 0.3, 0.3)) == TrialScheduler.STOP  # (.9, .5) is at that rung
     keeper = Keeper(plan.plan, [waiting])
     keeper.on_trial_start(0, [], again)
     keeper.on_trial_result(0, [], again, told(4, 0.7))
