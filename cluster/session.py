@@ -25,6 +25,7 @@ WORKER_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 LISTENER_DEADLINE_S = 10.0
+CONTROL_PORT = "RAY_GCS_SERVER_PORT"
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYWARD_CACHE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
 
 
@@ -80,12 +81,17 @@ def connected(config: Config) -> Iterator[None]:
         options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
         # The usual port is left to `make up`; without a dashboard Ray Tune would hang.
         options |= {"dashboard_port": processes.free_port()}
+        os.environ[CONTROL_PORT] = str(processes.free_port())
+        # Ray Train's cleaner of placement groups looks for a Ray on the machine, and there may be several.
+        environment["RAY_ADDRESS"] = f"127.0.0.1:{os.environ[CONTROL_PORT]}"
     try:
         ray.init(address=address or "local", **options)
     except (ConnectionError, ValueError) as error:
         raise UserError(
             f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`"
         ) from None
+    finally:
+        os.environ.pop(CONTROL_PORT, None)
     try:
         _require_room(config)
         yield
