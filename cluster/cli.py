@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from cluster import processes
 from cluster.errors import JobFailure, UserError
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -50,8 +51,7 @@ def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     Returns: the exit status. 0: done; 1: the job failed; 2: the user can mend it (`UserError`, or wrong usage);
         130: interrupted; 143: ended by SIGTERM, after everything was freed as on an interrupt.
     """
-    # Ray's driver puts the same handler in place, so that SIGTERM means this before, during and after a cluster.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))
+    processes.leave_on_sigterm()
     try:
         app(arguments)
     except SystemExit as end:

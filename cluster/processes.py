@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +41,15 @@ class Session:
             if owner == self.born:
                 found += psutil.Process(self.pid).children(recursive=True)
         return list(set(found))
+
+
+def leave_on_sigterm() -> None:
+    """Makes SIGTERM end this process as an interrupt does, everything freed; call it again once Ray has started.
+
+    Ray then has a handler in place that prints a stack and, three seconds later, aborts what is still being freed.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))
 
 
 def free_port() -> int:

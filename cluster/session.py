@@ -92,6 +92,7 @@ def connected(config: Config) -> Iterator[None]:
         ) from None
     finally:
         os.environ.pop(CONTROL_PORT, None)
+    processes.leave_on_sigterm()
     try:
         _require_room(config)
         yield
