@@ -20,6 +20,23 @@ def gaussian(images: Planes, sigma: float) -> Planes:
     return _along(_along(padded, weights, 2, images.shape[2]), weights, 3, images.shape[3])
 
 
+def mirrored_gaussian(planes: Planes, sigma: tuple[float, float]) -> Planes:
+    """Gaussian blur with the image mirrored at its edges, out to three sigma, which may be a side of the image at most.
+
+    As scipy.ndimage.gaussian_filter(mode="reflect", truncate=3).
+
+    Args:
+        sigma: along the rows' axis and along the columns', in pixels.
+    """
+    for dim, one in zip((2, 3), sigma, strict=True):
+        length, radius = planes.shape[dim], int(3 * one + 0.5)
+        before = planes.narrow(dim, 0, radius).flip(dim)
+        after = planes.narrow(dim, length - radius, radius).flip(dim)
+        padded = torch.cat([before, planes, after], dim)
+        planes = _along(padded, _gaussian_weights(radius, one), dim, length)
+    return planes
+
+
 def _along(images: Planes, weights: tuple[float, ...], dim: int, length: int) -> Planes:
     """Correlation with symmetric weights along one dimension: a sum of slices, faster than a convolution this thin."""
     last = len(weights) - 1

@@ -18,7 +18,7 @@ from cluster.tracking import Tracker
 from jobs.oodface import catalogue, protocols
 from jobs.oodface.config import Corrupt, OodfaceConfig
 from jobs.oodface.run import Run, prepare, work_plan
-from jobs.oodface.scenarios import GROUPS
+from jobs.oodface.scenarios import PROCEDURAL
 
 PACKAGES = ("torch", "numpy", "kornia", "opencv-python-headless", "pillow", "ray", "pyspark")
 IMAGES = "images"  # where `corrupt` puts files with output = folders, and `ask` those that it shows
@@ -238,7 +238,7 @@ def _provenance(run: Run, found: catalogue.Catalogue, tracker: Tracker) -> dict[
         "system": "oodface",
         "data_digests": {run.config.oodface.images: found.manifest.digest},
         "models": dict(run.versions),
-        "procedural_stand_ins": [name for name in GROUPS["variations"] if name in dict(run.conditions)],
+        "procedural_stand_ins": [name for name in PROCEDURAL if name in dict(run.conditions)],
         "catalogue": {"folder": str(found.folder)} | {name: found.summary[name] for name in ("images", "readable")},
     } | runs.provenance(run, tracker, PACKAGES)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
-from jobs.oodface.scenarios import GROUPS, SCENARIOS
+from jobs.oodface.scenarios import GROUPS, PROCEDURAL, SCENARIOS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,11 +36,14 @@ def evaluated(content: Mapping[str, Any]) -> None:
     """The end of `evaluate` on the console: accuracies by category, at the threshold of the clean images."""
     from rich.console import Console
 
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 180)
     console.print(table(content))
     _left_out(content)
-    if any(name in SCENARIOS and SCENARIOS[name].category in _varied() for name in _scenarios(content)):
+    shown = _scenarios(content)
+    if any(name in GROUPS["variations"] for name in shown):
         console.print(f"Age, expression, rotation and accessories are {STAND_IN}.")
+    if "face_mask" in shown:
+        console.print("Face masks are procedural too: drawn, not photographed.")
 
 
 def asked(content: Mapping[str, Any]) -> None:
@@ -53,7 +56,7 @@ def asked(content: Mapping[str, Any]) -> None:
 
 
 def table(content: Mapping[str, Any]) -> Table:
-    """A row a model: clean accuracy, accuracy by category, and by how much it falls."""
+    """A row a model: clean accuracy, accuracy by category and under extensions, and by how much it falls."""
     from rich.table import Table
 
     rule = _rule(content)
@@ -74,8 +77,10 @@ def _columns(content: Mapping[str, Any], rule: str) -> list[str]:
     metrics = next(iter(content["metrics"].values()))
     names = [name.removeprefix(f"{rule}/") for name in metrics if name.startswith(f"{rule}/")]
     chosen = [name for name in names if name == "acc/clean" or name.startswith("acc/category/")]
-    totals = ("acc/cor", "acc/var", "rce", "rve")
-    return chosen + [name for name in names if name.removesuffix(".selected") in totals]
+    beside = {f"acc/{name}" for name in GROUPS["extensions"]}
+    for wanted in (beside, {"acc/cor", "acc/var", "rce", "rve"}):
+        chosen += [name for name in names if name.removesuffix(".selected") in wanted]
+    return chosen
 
 
 def _cell(metric: Mapping[str, Any]) -> str:
@@ -109,7 +114,7 @@ def heat_map(content: Mapping[str, Any]) -> Figure:
 
     scenarios, models = _scenarios(content), list(content["metrics"])
     falls = np.array([[_fall(content["metrics"][model], name) for name in scenarios] for model in models])
-    figure = Figure((3 + 0.42 * len(scenarios), 2.6 + 0.4 * len(models)), layout="constrained")
+    figure = Figure((max(7, 3 + 0.42 * len(scenarios)), 2.6 + 0.4 * len(models)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(100 * falls, cmap="magma_r", vmin=0, vmax=max(5.0, 100 * float(falls.max())), aspect="auto")
     axes.set_xticks(range(len(scenarios)), [SCENARIOS[name].title for name in scenarios], rotation=60, ha="right")
@@ -119,7 +124,7 @@ def heat_map(content: Mapping[str, Any]) -> Figure:
         percent = 100 * falls[row, column]
         colour = "white" if percent > middle else "black"
         axes.text(column, row, f"{percent:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, label="fall of accuracy (% of clean)")
+    figure.colorbar(image, label="fall (% of clean)")
     axes.set_title("Relative corruption and variation errors, mean over severities")
     return figure
 
@@ -208,7 +213,7 @@ def grid(run: Run, shard: Any) -> Figure:
             if row == 0:
                 axes.set_title(str(severity) if severity else "clean", fontsize=9)
             if column == 0:
-                label = SCENARIOS[name].title + ("*" if name in GROUPS["variations"] else "")
+                label = SCENARIOS[name].title + ("*" if name in PROCEDURAL else "")
                 axes.text(
                     -0.06, 0.5, label.replace(" ", "\n"), ha="right", va="center", transform=axes.transAxes, fontsize=9
                 )
@@ -243,7 +248,3 @@ def _at(content: Mapping[str, Any], kind: str) -> list[int]:
     metrics = next(iter(content["metrics"].values()))
     rule = _rule(content)
     return [severity for severity in range(1, 6) if _severity(metrics, rule, kind, severity)]
-
-
-def _varied() -> set[str]:
-    return {SCENARIOS[name].category for name in GROUPS["variations"]}

@@ -37,6 +37,7 @@ from jobs.oodface.scenario import SEVERITIES
 RULES = ("refit", "fixed", "ten_fold")
 CORRUPTIONS = {"Lighting & Weather": 5, "Sensor": 3, "Movement": 3, "Data & Processing": 6, "Occlusion": 3}
 VARIATIONS = {"Age": 2, "Facial Expression": 4, "Rotation": 2, "Accessories": 2}
+OTHER_VARIATIONS = ("face_mask",)  # of none of these categories: in no mean, but their falls are RVE's kind too
 SELECTED = ".selected"
 FALSE_ACCEPTS = (1e-2, 1e-3)
 UNANSWERED = -1
@@ -182,7 +183,8 @@ def _means(conditions: Sequence[Condition], categories: Mapping[str, str]) -> li
     column = np.eye(1 + len(conditions))
     single = {condition: column[1 + at] for at, condition in enumerate(conditions)}
     scenarios = list(dict.fromkeys(scenario for scenario, _ in conditions))
-    falls = {scenario: "rve" if categories[scenario] in VARIATIONS else "rce" for scenario in scenarios}
+    varied = {scenario for scenario in scenarios if categories[scenario] in VARIATIONS or scenario in OTHER_VARIATIONS}
+    falls = {scenario: "rve" if scenario in varied else "rce" for scenario in scenarios}
     found = [_Mean("clean", None, column[0])]
     for (scenario, severity), weights in single.items():
         found.append(_Mean(f"{scenario}/{severity}", f"{falls[scenario]}/{scenario}/{severity}", weights))

@@ -21,7 +21,8 @@ class Scenario(ABC):
     same size. Each tensor of the draws has the batch as its first dimension.
 
     Attributes:
-        name: as in configuration, shards and reports. title: as in the paper's table. category: of the paper's nine.
+        name: as in configuration, shards and reports. title: as in the paper's table.
+        category: of the paper's nine, or Extensions.
         levels: the constants of severities 1 to 5: those of ImageNet-C, unscaled, where it has the scenario.
         at_once: values that a CPU computes at a time; they stay in its cache. 1 takes one image after another, where
             a product or a transform may sum in another order in another batch: a sample's bits must not depend on it.

@@ -10,16 +10,22 @@ from torch import Tensor
 
 from cluster.errors import UserError
 from jobs.oodface.corruptions import CORRUPTIONS
+from jobs.oodface.corruptions.extensions import ElasticTransform
 from jobs.oodface.randomness import Random
 from jobs.oodface.scenario import SEVERITIES, Draws, Images, Scenario
 from jobs.oodface.variations import VARIATIONS
 from jobs.oodface.variations.base import Landmarks, Variation
+from jobs.oodface.variations.face_mask import FaceMask
 
-SCENARIOS: dict[str, type[Scenario]] = {one.name: one for one in (*CORRUPTIONS, *VARIATIONS)}
+EXTENSIONS: tuple[type[Scenario], ...] = (ElasticTransform, FaceMask)  # outside the paper's thirty
+SCENARIOS: dict[str, type[Scenario]] = {one.name: one for one in (*CORRUPTIONS, *VARIATIONS, *EXTENSIONS)}
 GROUPS = {
     "corruptions": tuple(one.name for one in CORRUPTIONS),
     "variations": tuple(one.name for one in VARIATIONS),
+    "extensions": tuple(one.name for one in EXTENSIONS),
 }
+# change the face itself; all are stand-ins, drawn and warped
+PROCEDURAL = tuple(name for name, one in SCENARIOS.items() if issubclass(one, Variation))
 # as the authors' code and imagecorruptions call them
 ALIASES = {
     "glass_blur": "facial_distortion",
@@ -43,7 +49,7 @@ def find(name: str) -> Scenario:
 
 
 def selected(names: Sequence[str]) -> list[str]:
-    """The scenarios that a configuration names, in the paper's order: by name, category or group.
+    """The scenarios that a configuration names, by name, category or group: in the paper's order, extensions last.
 
     Raises:
         UserError: a name that is none of these; the nearest is named.

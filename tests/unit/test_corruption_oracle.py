@@ -67,6 +67,9 @@ def drawn(name: str, severity: int, height: int, width: int) -> dict[str, torch.
         return {"texture": torch.tensor([texture]), "place": batched(place)}
     if name == "spatter":
         return {"liquid": batched((numpy.normal(level[0], level[1], (height, width)) - level[0]) / level[1])}
+    if name == "elastic_transform":
+        most = 0.005 * height
+        return {one: batched(numpy.uniform(-most, most, (height, width)) / most) for one in ("columns", "rows")}
     return {}
 
 

@@ -13,13 +13,14 @@ from cluster.errors import UserError
 from jobs.oodface.augmentation import RandomScenario
 from jobs.oodface.corruptions import CORRUPTIONS
 from jobs.oodface.corruptions.data import JpegCompression, poisson
+from jobs.oodface.corruptions.extensions import ElasticTransform
 from jobs.oodface.corruptions.sensor import ColorShift
 from jobs.oodface.filters import gaussian
 from jobs.oodface.randomness import Random, keys
 from jobs.oodface.scenario import SEVERITIES
 from jobs.oodface.scenarios import apply, distort, find
 
-NAMES = [one.name for one in CORRUPTIONS]
+NAMES = [one.name for one in (*CORRUPTIONS, ElasticTransform)]
 
 
 def faces(count: int, height: int = 45, width: int = 61) -> torch.Tensor:
@@ -36,9 +37,9 @@ def ids(count: int) -> list[str]:
 
 
 def test_there_are_twenty_in_five_categories():
-    assert len(NAMES) == len(set(NAMES)) == 20
+    assert len(CORRUPTIONS) == len({one.name for one in CORRUPTIONS}) == 20
     assert len({one.category for one in CORRUPTIONS}) == 5
-    assert all(len(one.levels) == 5 for one in CORRUPTIONS)
+    assert all(len(one.levels) == 5 for one in (*CORRUPTIONS, ElasticTransform))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,6 +218,17 @@ def test_an_ellipse_covers_its_area_where_it_should():
     assert (rows.min(), rows.max()) == (20, 100)  # the long axis stands upright after a quarter turn
     assert (columns.min(), columns.max()) == (80, 120)
     assert changed[60, 100].item() == pytest.approx(1 / 255)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(1.0, 0.0), (0.0, -1.0), (1.0, 1.0)])
+def test_equal_steps_move_the_whole_image_and_mirror_its_edge(columns, rows):
+    images = torch.rand(1, 3, 40, 60, generator=torch.Generator().manual_seed(0))
+    draws = {name: torch.full((1, 40, 60), step) for name, step in (("columns", columns), ("rows", rows))}
+    changed = apply(images, find("elastic_transform"), 4, draws)  # 25 times .005 of the height: 5 pixels
+    right, down = (round(5 * step) for step in (columns, rows))
+    mirrored = torch.cat([images.flip(3)[..., -5:], images, images.flip(3)[..., :5]], 3)
+    mirrored = torch.cat([mirrored.flip(2)[:, :, -5:], mirrored, mirrored.flip(2)[:, :, :5]], 2)
+    torch.testing.assert_close(changed, mirrored[:, :, 5 + down : 45 + down, 5 + right : 65 + right], atol=1e-4, rtol=0)
 
 
 def test_hue_turns_by_two_degrees_a_unit():

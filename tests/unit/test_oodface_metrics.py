@@ -193,6 +193,20 @@ def test_accuracies_and_falls_by_hand():
     assert (found.pairs, found.left_out) == (10, 0)
 
 
+def test_what_is_outside_the_papers_categories_is_in_no_mean():
+    scored, categories = by_hand()
+    added = {(name, level): scored.clean[::-1] for name in ("elastic_transform", "face_mask") for level in range(1, 6)}
+    more = Scored(scored.same, scored.fold, scored.clean, {**scored.conditions, **added})
+    categories = categories | dict.fromkeys(["elastic_transform", "face_mask"], "Extensions")
+    before = evaluate(scored, list(scored.conditions), categories, 1).metrics
+    found = evaluate(more, list(more.conditions), categories, 1).metrics
+    assert {name: found[name] for name in before} == before
+    assert {name for name in found if name.startswith("fixed/") and name[-1] not in "12345"} - {*before} == {
+        *("fixed/acc/elastic_transform", "fixed/rce/elastic_transform", "fixed/acc/face_mask", "fixed/rve/face_mask")
+    }
+    assert found["fixed/rve/face_mask"].value == found["fixed/rce/elastic_transform/3"].value == 1
+
+
 def test_names_of_a_whole_run_and_means_of_means():
     scores, same, fold = drawn(0, 200, 3.0)
     rng = np.random.default_rng(1)

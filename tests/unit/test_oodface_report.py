@@ -1,0 +1,65 @@
+"""What a run shows of scenarios inside and outside the paper's thirty."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jobs.oodface import report
+from jobs.oodface.robustness import OTHER_VARIATIONS, Scored, evaluate
+from jobs.oodface.scenarios import GROUPS, PROCEDURAL, SCENARIOS, selected
+
+
+def content(*chosen: str, severities: tuple[int, ...] = (1, 2, 3, 4, 5)) -> dict:
+    """A report of one model, as `evaluate` writes it."""
+    rng, same = np.random.default_rng(0), np.arange(80) < 40
+    clean = rng.normal(4.0 * same)
+    conditions = {(name, level): clean - rng.random(80) * level for name in selected(chosen) for level in severities}
+    categories = {name: one.category for name, one in SCENARIOS.items()}
+    found = evaluate(Scored(same, np.arange(80) % 4, clean, conditions), list(conditions), categories, 0, 100)
+    metrics = {name: metric.to_json() for name, metric in found.metrics.items()}
+    return {"metrics": {"m": metrics}, "no_face": [], "lost": []}
+
+
+def labels(shown) -> list[str]:
+    return [column.header for column in shown.columns]
+
+
+def test_extensions_have_columns_of_their_own():
+    whole = content("corruptions", "variations", "extensions")
+    paper = labels(report.table(content("corruptions", "variations")))
+    assert labels(report.table(whole)) == [*paper[:-4], "elastic transform", "face mask", *paper[-4:]]
+    assert paper[-4:] == ["cor", "rce", "var", "rve"] or sorted(paper[-4:]) == ["cor", "rce", "rve", "var"]
+    few = labels(report.table(content("face_mask", severities=(1, 3))))
+    assert few == ["model", "clean", "face mask*"]
+
+
+def test_the_heat_map_has_a_column_a_scenario():
+    axes = report.heat_map(content("fog", "makeup", "extensions")).axes[0]
+    assert [one.get_text() for one in axes.get_xticklabels()] == ["Fog", "Makeup", "Elastic Transform", "Face Mask"]
+
+
+def test_curves_are_those_of_the_thirty():
+    assert report.curves(content("extensions")) is None
+    assert len(report.curves(content("fog", "extensions")).axes) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "stand_ins", "masks"),
+    [
+        (["fog"], False, False),
+        (["makeup"], True, False),
+        (["extensions"], False, True),
+        (["age", "face_mask"], True, True),
+    ],
+)
+def test_what_is_procedural_is_called_so(capsys, chosen, stand_ins, masks):
+    report.evaluated(content(*chosen))
+    printed = capsys.readouterr().out
+    assert ("accessories are procedural stand-ins" in printed) is stand_ins
+    assert ("Face masks are procedural too" in printed) is masks
+
+
+def test_what_changes_the_face_is_procedural_and_falls_as_a_variation():
+    assert (*GROUPS["variations"], "face_mask") == PROCEDURAL
+    assert {*GROUPS["extensions"]} & {*PROCEDURAL} == {*OTHER_VARIATIONS}
