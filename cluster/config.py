@@ -214,6 +214,19 @@ def leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from leaves(inner, f"{prefix}{name}.")
 
 
+def _known(schema: type[BaseModel], place: Sequence[str | int]) -> list[str]:
+    """The keys that a wrong one may have been meant for: all, or in a member of a list that member's."""
+    section, inside = schema, False
+    for part in place:
+        field = section.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        members = get_args(annotation) if get_origin(annotation) is list else ()
+        inside |= bool(members)
+        section = next(filter(None, map(_section_of, (*members, annotation))), section)
+    prefix = "".join(f"{part}." for part in place)
+    return [f"{prefix}{name}" for name in section.model_fields] if inside else list(leaves(schema))
+
+
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section that a key holds, or may hold beside null; the members of a list are no keys."""
     if get_origin(annotation) is list:
@@ -295,11 +308,12 @@ def _merge(schema: type[BaseModel], below: dict, above: object, origin: str, ori
 
 
 def _sentences(error: ValidationError, schema: type[BaseModel], origins: Origins) -> Iterator[str]:
-    known = list(leaves(schema))
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"])
-        place = origins.get(key) or origins.get(key.rpartition(".")[0]) or "the configuration"
+        above = [".".join(map(str, problem["loc"][:length])) for length in range(len(problem["loc"]), 0, -1)]
+        place = next((origins[one] for one in above if one in origins), "the configuration")
         if problem["type"] == "extra_forbidden":
+            known = _known(schema, problem["loc"][:-1])
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             yield f"{place}: unknown key {key}; the nearest known key is {nearest[0]}"
         else:

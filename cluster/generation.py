@@ -279,7 +279,7 @@ def _require_numbers(values: "torch.Tensor") -> None:
 
 
 def chosen_engine(settings: "Generation", train: "Train") -> str:
-    """ "vllm" or "transformers": "auto" takes vLLM on GPUs; on CPUs it was slower end to end (docs/experiments.md)."""
+    """ "vllm" or "transformers": "auto" takes vLLM on GPUs; on CPUs it was slower (docs/experiments-2026-11-24.md)."""
     if settings.engine != "auto":
         return settings.engine
     return "vllm" if train.gpus_per_worker else "transformers"

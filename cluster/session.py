@@ -74,14 +74,14 @@ def connected(config: Config) -> Iterator[None]:
         _require_room(config)
         yield
         return
-    demanded = config.workers.number * config.workers.cpus
+    demanded, given = config.workers.number * config.workers.cpus, os.environ.get(CONTROL_PORT)
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": True, "configure_logging": False}
     if address is None:
         cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, demanded)
         options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
         # The usual port is left to `make up`; without a dashboard Ray Tune would hang.
         options |= {"dashboard_port": processes.free_port()}
-        os.environ[CONTROL_PORT] = str(processes.free_port())
+        os.environ[CONTROL_PORT] = given or str(processes.free_port())
         # Ray Train's cleaner of placement groups looks for a Ray on the machine, and there may be several.
         environment["RAY_ADDRESS"] = f"127.0.0.1:{os.environ[CONTROL_PORT]}"
     try:
@@ -91,7 +91,8 @@ def connected(config: Config) -> Iterator[None]:
             f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`"
         ) from None
     finally:
-        os.environ.pop(CONTROL_PORT, None)
+        if given is None:
+            os.environ.pop(CONTROL_PORT, None)
     processes.leave_on_sigterm()
     try:
         _require_room(config)

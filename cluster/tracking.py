@@ -296,8 +296,9 @@ class Tracker:
 
 
 def _entity_key(name: str) -> str:
-    # MLflow refuses other characters, and would do so at the end of a long job.
-    return re.sub(r"[^\w\-. :/]", "_", name)[:MAX_KEY_LENGTH]
+    # MLflow refuses other characters and what is no plain path, and would do so at the end of a long job.
+    parts = [part for part in re.sub(r"[^\w\-. :/]", "_", name).split("/") if part not in ("", ".", "..")]
+    return "/".join(parts)[:MAX_KEY_LENGTH]
 
 
 def _local_folder(artifact_uri: str) -> Path | None:

@@ -18,19 +18,19 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from tune.front import Point, hypervolume, nondominated
 
 
-def ranked(points: Sequence[Point]) -> list[int]:
-    """Indices from the best to the worst: fronts one below the other, all objectives maximised from 0.
+def ranked(points: Sequence[Point], count: int) -> list[int]:
+    """Indices of the best: fronts one below the other, all objectives maximised from 0.
 
     Within a front the next is the one that adds most hypervolume to those taken before, as a greedy search for the
     subset of most volume does.
     """
     order: list[int] = []
     left = list(range(len(points)))
-    while left:
+    while left and len(order) < count:
         front = [left[at] for at in nondominated([points[index] for index in left])]
         left = [index for index in left if index not in front]
         taken: list[int] = []
-        while front:
+        while front and len(order) + len(taken) < count:
             best = max(front, key=lambda index: hypervolume([points[one] for one in (*taken, index)]))
             front.remove(best)
             taken.append(best)
@@ -49,20 +49,21 @@ class Rungs:
             self.points[round(step)] = {}
             step *= factor
 
-    def stays(self, trial: str, step: int, point: Point) -> bool:
-        """Whether a trial is among the best of a rung, one in `factor` and at least one, when it comes to it.
+    def come(self, trial: str, step: int, point: Point) -> dict[str, Point] | None:
+        """Puts a trial on the highest rung that it has reached; who is there, or None where it was there before."""
+        rung = max((rung for rung in self.points if rung <= step), default=None)
+        if rung is None or trial in self.points[rung]:
+            return None
+        self.points[rung][trial] = point
+        return self.points[rung]
 
-        The highest rung that it has reached counts, once; between rungs it stays.
-        """
-        for rung in sorted(self.points, reverse=True):
-            seen = self.points[rung]
-            if step < rung or trial in seen:
-                continue
-            seen[trial] = point
-            names = list(seen)
-            best = ranked(list(seen.values()))[: ceil(len(names) / self.factor)]
-            return trial in [names[index] for index in best]
-        return True
+    def stays(self, trial: str, step: int, point: Point) -> bool:
+        """Whether a trial that comes to a rung is as good as one of the best there: one in `factor`, at least one."""
+        there = self.come(trial, step, point)
+        if there is None:
+            return True
+        points = list(there.values())
+        return tuple(point) in {tuple(points[index]) for index in ranked(points, ceil(len(points) / self.factor))}
 
 
 class Halving(FIFOScheduler):
@@ -81,12 +82,12 @@ class Halving(FIFOScheduler):
         self.objectives, self.rungs = tuple(objectives), rungs
         for number, looks in earlier.items():
             for look in looks:
-                self._stays(number, look)
+                self.rungs.come(*self._look(number, look))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
         """Stops what falls behind, but neither the configuration as it is nor what has come to its last step."""
-        stays = self._stays(trial.config["number"], result) or result["step"] >= self.rungs.last
+        stays = self.rungs.stays(*self._look(trial.config["number"], result)) or result["step"] >= self.rungs.last
         return TrialScheduler.CONTINUE if stays or not trial.config["values"] else TrialScheduler.STOP
 
-    def _stays(self, number: int, look: Mapping[str, float]) -> bool:
-        return self.rungs.stays(str(number), int(look["step"]), tuple(look[name] for name in self.objectives))
+    def _look(self, number: int, look: Mapping[str, float]) -> tuple[str, int, Point]:
+        return str(number), int(look["step"]), tuple(look[name] for name in self.objectives)

@@ -71,8 +71,8 @@ def evaluate(config: OodfaceConfig, out: Path | None = None, fresh: bool = False
                 scored = scoring.score(manifest.files(folder), pairs, run.conditions, config.oodface)
             content = _provenance(run, found, tracker) | content | scored | {"pairs_dropped": pairs.dropped}
             content["seconds"] = run.state["seconds"]
-            _keep(run, tracker, content, [*report.plots(content, run.folder), *report.pictures(run, found, content)])
             _track(tracker, scored["metrics"])
+            _keep(run, tracker, content, [*report.plots(content, run.folder), *report.pictures(run, found, content)])
     return _told(run, content, report.evaluated)
 
 
@@ -89,7 +89,7 @@ def ask(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, com
         runs.claim(run, fresh)
     with runs.exclusively(run.folder):
         found = _catalogue(run)
-        if (content := _finished(run, found)) is not None:
+        if (content := _finished(run, found)) is not None and content["models"] == run.versions:
             return _told(run, content, report.asked)
         rows, pairs = _compared(run, found)
         images = run.folder / IMAGES
@@ -98,14 +98,13 @@ def ask(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, com
             lost = {one["image_id"] for one in content["lost"]}
             pairs = protocols.present(pairs, {*pairs.images()} - lost, "drop")
             with run.phase("questions"):
-                configuration = {"identity": run.state["identity"], "images": manifest.digest}
-                answers = run.folder / "answers"
-                told = pair_question.ask(answers, configuration, images, pairs, run.conditions, config.oodface.ask)
-                scored = pair_question.score(told.files(answers), pairs, run.conditions, config.oodface)
+                folder, dials = run.folder / "answers", config.oodface
+                answers = pair_question.ask(folder, images, manifest.digest, pairs, run.conditions, dials.ask)
+                scored = pair_question.score(answers, pairs, run.conditions, dials)
             content = _provenance(run, found, tracker) | content | scored | {"pairs_dropped": pairs.dropped}
             content["seconds"] = run.state["seconds"]
-            _keep(run, tracker, content, [*report.plots(content, run.folder), *report.pictures(run, found, content)])
             _track(tracker, scored["metrics"])
+            _keep(run, tracker, content, [*report.plots(content, run.folder), *report.pictures(run, found, content)])
     return _told(run, content, report.asked)
 
 
@@ -228,7 +227,9 @@ def _made(
 
 
 def _tracked(run: Run) -> AbstractContextManager[Tracker]:
-    parameters = run.config.model_dump(include={"oodface"})
+    scenarios = list(dict.fromkeys(name for name, severity in run.conditions if severity))
+    severities = sorted({severity for _, severity in run.conditions if severity})
+    parameters = {"oodface": {**run.settings, "scenarios": scenarios, "severities": severities}}
     tags = {"images": run.config.oodface.images, "models": ",".join(run.versions)}
     return runs.tracked(run, "oodface", parameters, tags)
 

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def gpu_use(device: torch.device) -> Iterator[dict[str, Any]]:
             try:
                 samples.append(torch.cuda.utilization(device))
             except Exception as error:  # NVML's own, whose module is only there with a GPU; a MIG slice has no figure
-                logger.warning("how busy %s is cannot be told: %s", device, error)
+                _warn(str(device), str(error))
                 return
 
     torch.cuda.reset_peak_memory_stats(device)
@@ -45,3 +46,9 @@ def gpu_use(device: torch.device) -> Iterator[dict[str, Any]]:
     if samples:  # a shard may be done before the first look
         found["gpu_busy"] = sum(samples) / len(samples) / 100
     found["gpu_peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+
+
+@lru_cache
+def _warn(device: str, reason: str) -> None:
+    """Once a process, not once a shard."""
+    logger.warning("how busy %s is cannot be told: %s", device, reason)

@@ -6,7 +6,7 @@ for the face models. An answer that is neither yes nor no, such as a refusal for
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import datasets
-from cluster.errors import UserError
+from cluster.errors import JobFailure, UserError
+from cluster.report import digest
 from jobs.oodface import robustness
 from jobs.oodface.config import Ask, Oodface
 from jobs.oodface.protocols import Pairs
@@ -25,7 +26,11 @@ from jobs.scoring import chat
 
 Condition = tuple[str, int]
 SUFFIX = "png"
-KEPT = 500  # characters of an answer
+KEPT = 2000  # characters of an answer, of its end
+A_SHARD = 100  # pairs that are asked between two looks at the disk, and asked again where a run is stopped among them
+ATTEMPTS = 3
+_OPENING = re.compile(r"\W*(yes|no)(?:\W*(?:[.,;:!)\n\u2014-]|$)|\s+(?:they|these|those|it|both|the|this|that)\b)")
+_ENDING = re.compile(r"(?:\b(?:answer|is)|:)\W+(yes|no)\W*$")
 
 SCHEMA = pa.schema(
     {
@@ -55,59 +60,72 @@ def clients(dials: Ask) -> dict[str, chat.Chat]:
     found: dict[str, chat.Chat] = {}
     for one in dials.endpoints:
         if one.model in found:
-            raise UserError(f"oodface.ask.endpoints names {one.model} twice; drop one")
+            raise UserError(f"oodface.ask.endpoints names {one.model} twice; ask them in two runs")
         found[one.model] = chat.Chat(one, f"the model {one.model}")
     return found
 
 
 def ask(
-    folder: Path,
-    configuration: dict[str, Any],
-    images: Path,
-    pairs: Pairs,
-    conditions: Sequence[Condition],
-    dials: Ask,
-) -> datasets.Manifest:
+    folder: Path, images: Path, digest_of_images: str, pairs: Pairs, conditions: Sequence[Condition], dials: Ask
+) -> dict[str, list[Path]]:
     """Asks every model about every pair under every condition; answers that are there already are not asked again.
 
     Args:
-        folder: of the answers, a shard for each model and condition.
-        configuration: what decides the answers (`datasets.prepare`).
+        folder: of the answers, a data set a model (`answers_folder`).
         images: holds SCENARIO/SEVERITY/IMAGE_ID.png.
+        digest_of_images: what these are; others want other answers.
 
+    Returns: the answers' shards by model, condition after condition and in each the pairs in order.
     Raises: as `chat.Chat.each`, and UserError as `clients`.
     """
-    done = datasets.prepare(folder, configuration)
-    asked = [(name, client, *condition) for name, client in clients(dials).items() for condition in conditions]
-    for index, (name, client, scenario, severity) in enumerate(asked):
-        if index in done:
-            continue
-        places = [
-            [images / scenario / str(severity) / f"{image_id}.{SUFFIX}" for image_id in both]
-            for both in zip(pairs.image_a, pairs.image_b, strict=True)
+    found = {}
+    for (name, client), endpoint in zip(clients(dials).items(), dials.endpoints, strict=True):
+        place = answers_folder(folder, endpoint, dials.question)
+        configuration = {
+            "model": name,
+            "images": digest_of_images,
+            "pairs": digest([pairs.image_a, pairs.image_b]),
+            "conditions": [list(one) for one in conditions],
+        }
+        place.mkdir(parents=True, exist_ok=True)
+        done = datasets.prepare(place, configuration)
+        parts = [
+            (scenario, severity, start) for scenario, severity in conditions for start in range(0, len(pairs), A_SHARD)
         ]
-        texts = client.each(places, partial(_asked, dials.question))
-        table = _table(name, scenario, severity, pairs, texts)
-        unanswered = table["answer"].null_count
-        datasets.write_shard(folder, index, table, {"unanswered": unanswered})
-        told = f", {unanswered} unanswered" if unanswered else ""
-        print(f"{index + 1}/{len(asked)}  {name} {scenario} {severity}: {len(pairs)} pairs{told}", flush=True)
-    return datasets.finish(folder, configuration, range(len(asked)))
+        print(f"{name}: {len(done)} of {len(parts)} parts answered; photographs go to {endpoint.base_url}", flush=True)
+        for index, (scenario, severity, start) in enumerate(parts):
+            if index in done:
+                continue
+            part = _part(pairs, start)
+            places = [
+                [images / scenario / str(severity) / f"{image_id}.{SUFFIX}" for image_id in both]
+                for both in zip(part.image_a, part.image_b, strict=True)
+            ]
+            table = _table(name, scenario, severity, part, client.each(places, partial(_asked, dials.question, name)))
+            unanswered = table["answer"].null_count
+            datasets.write_shard(place, index, table, {"unanswered": unanswered})
+            told = f", {unanswered} unanswered" if unanswered else ""
+            print(f"{index + 1}/{len(parts)}  {name} {scenario} {severity}: {len(part)} pairs{told}", flush=True)
+        found[name] = datasets.finish(place, configuration, range(len(parts))).files(place)
+    return found
 
 
-def score(files: Sequence[Path], pairs: Pairs, conditions: Sequence[Condition], dials: Oodface) -> dict[str, Any]:
+def answers_folder(folder: Path, endpoint: chat.ChatSettings, question: str) -> Path:
+    """Where a model's answers are kept: they follow from model, endpoint, question and the longest answer."""
+    return folder / digest([endpoint.model, endpoint.base_url, endpoint.max_tokens, question])
+
+
+def score(
+    files: Mapping[str, Sequence[Path]], pairs: Pairs, conditions: Sequence[Condition], dials: Oodface
+) -> dict[str, Any]:
     """metrics by model (`robustness.decided`), and the number of pairs; `conditions` begin with the clean one."""
     categories = {name: one.category for name, one in SCENARIOS.items()}
-    answers: dict[str, dict[Condition, np.ndarray]] = {}
-    for file in files:
-        table = pq.read_table(file, columns=["model", "scenario", "severity", "answer"])
-        model, scenario, severity = (table[name][0].as_py() for name in ("model", "scenario", "severity"))
-        given = table["answer"].cast(pa.int8()).fill_null(robustness.UNANSWERED)
-        answers.setdefault(model, {})[scenario, severity] = given.to_numpy()
     content: dict[str, Any] = {"metrics": {}, "pairs": {}}
-    for model, found in answers.items():
-        given = np.stack([found[condition] for condition in conditions], axis=1)
-        asked = robustness.Answered(pairs.same, pairs.fold, given, tuple(conditions[1:]))
+    for model, shards in files.items():
+        table = pa.concat_tables(pq.read_table(file, columns=["answer"]) for file in shards)
+        given = table["answer"].cast(pa.int8()).fill_null(robustness.UNANSWERED).to_numpy()
+        answers = given.reshape(len(conditions), len(pairs)).T
+        asked = robustness.Answered(pairs.same, pairs.fold, answers, tuple(conditions[1:]))
         metrics = robustness.decided(asked, categories, dials.seed, dials.evaluate.resamples)
         content["metrics"][model] = {name: metric.to_json() for name, metric in metrics.items()}
         content["pairs"][model] = len(pairs)
@@ -115,28 +133,37 @@ def score(files: Sequence[Path], pairs: Pairs, conditions: Sequence[Condition], 
 
 
 def parsed(text: str) -> bool | None:
-    """Yes or no: the first word, or what the last sentence says; None where it says neither, or both.
+    """Yes or no, None for neither.
 
-    What stands before </think> is not looked at.
+    The answer opens with the word, set apart or about "they", or ends with it after "answer", "is" or a colon: "no" has
+    other uses, as in "I have no way to tell". What stands before </think> is not looked at; a thought that was cut off
+    has no answer.
     """
-    answer = text.rpartition("</think>")[2].strip().lower()
-    words = re.findall(r"[a-z]+", answer)
-    if words[:1] not in (["yes"], ["no"]):
-        words = re.findall(r"[a-z]+", re.split(r"(?<=[.!?\n])\s+", answer)[-1])
-        words = [word for word in words if word in ("yes", "no")]
-        if len(set(words)) != 1:
-            return None
-    return words[0] == "yes"
+    before, _, answer = text.lower().rpartition("</think>")
+    if "<think>" in answer and not before:
+        return None
+    found = _OPENING.match(answer.strip()) or _ENDING.search(answer.strip())
+    return found[1] == "yes" if found else None
 
 
-def _asked(question: str, ask: chat.Ask, places: Sequence[Path]) -> str:
+def _asked(question: str, model: str, ask_model: chat.Ask, places: Sequence[Path]) -> str:
     content = [{"type": "text", "text": question}, *(_picture(place) for place in places)]
-    return ask([{"role": "user", "content": content}])
+    for _ in range(ATTEMPTS):
+        text = ask_model([{"role": "user", "content": content}])
+        if text is not None:
+            return text
+    raise JobFailure(f"the endpoint of {model} answered {ATTEMPTS} times with no chat completion; check its base_url")
 
 
 def _picture(place: Path) -> dict[str, Any]:
     encoded = base64.b64encode(place.read_bytes()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/{SUFFIX};base64,{encoded}"}}
+
+
+def _part(pairs: Pairs, start: int) -> Pairs:
+    chosen = np.zeros(len(pairs), dtype=bool)
+    chosen[start : start + A_SHARD] = True
+    return pairs.take(chosen, 0)
 
 
 def _table(name: str, scenario: str, severity: int, pairs: Pairs, texts: Sequence[str]) -> pa.Table:
@@ -149,6 +176,6 @@ def _table(name: str, scenario: str, severity: int, pairs: Pairs, texts: Sequenc
         "image_b": list(pairs.image_b),
         "same": pairs.same.tolist(),
         "answer": [parsed(text) for text in texts],
-        "text": [text[:KEPT] for text in texts],
+        "text": [text[-KEPT:] for text in texts],
     }
     return pa.table(columns, schema=SCHEMA)

@@ -127,19 +127,18 @@ def summary(shards: Sequence[datasets.Shard], workers: int) -> dict[str, Any]:
         "rows": rows,
         "rows_per_second": round(rows / wall, 1),
         "peak_memory_gib": round(max(note["peak_memory_gib"] for note in notes), 2),
-    } | _gpu(notes)
+    } | _gpu(notes, wall * workers)
 
 
-def _gpu(notes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The GPUs' busy share, each shard's by its time, and peak memory; nothing where there were none."""
-    seen = [(note["gpu_busy"], note["ended"] - note["started"]) for note in notes if "gpu_busy" in note]
+def _gpu(notes: Sequence[Mapping[str, Any]], worked: float) -> dict[str, float]:
+    """The share of the workers' time, `worked` seconds, in which their GPUs were busy, and the largest memory.
+
+    Nothing where there were no GPUs. While a worker waits its GPU does nothing for it.
+    """
+    busy = [note["gpu_busy"] * (note["ended"] - note["started"]) for note in notes if "gpu_busy" in note]
     peaks = [note["gpu_peak_memory_gib"] for note in notes if "gpu_peak_memory_gib" in note]
-    found = {}
-    if seen:
-        found["gpu_busy"] = round(sum(busy * time for busy, time in seen) / sum(time for _, time in seen), 4)
-    if peaks:
-        found["gpu_peak_memory_gib"] = round(max(peaks), 2)
-    return found
+    found = {"gpu_busy": round(sum(busy) / worked, 4)} if busy else {}
+    return found | ({"gpu_peak_memory_gib": round(max(peaks), 2)} if peaks else {})
 
 
 def _wall(spans: Sequence[tuple[float, float]]) -> float:

@@ -50,31 +50,39 @@ def asked(content: Mapping[str, Any]) -> None:
     """The end of `ask` on the console: accuracies, and how much of the clean images' questions was answered."""
     evaluated(content)
     for model, metrics in content["metrics"].items():
-        clean = metrics["answered/clean"]["value"]
-        least = min((metric["value"], name) for name, metric in metrics.items() if name.startswith("answered/"))
-        print(f"{model} answered {clean:.0%} of the clean pairs, least of {least[1].partition('/')[2]}: {least[0]:.0%}")
+        shares = {name.removeprefix("answered/"): one["value"] for name, one in metrics.items() if _of_answers(name)}
+        least = min(shares, key=shares.get)
+        told = f"{model} answered {shares['clean']:.0%} of the clean pairs"
+        print(told + (f", {shares[least]:.0%} under {least}" if shares[least] < shares["clean"] else ""))
+
+
+def _of_answers(name: str) -> bool:
+    """Whether this is the share of pairs with an answer of a single condition: answered/clean, answered/fog/3."""
+    kind, _, condition = name.partition("/")
+    return kind == "answered" and (condition == "clean" or condition.partition("/")[0] in SCENARIOS)
 
 
 def table(content: Mapping[str, Any]) -> Table:
     """A row a model: clean accuracy, accuracy by category and under extensions, and by how much it falls."""
+    from rich.markup import escape
     from rich.table import Table
 
     rule = _rule(content)
-    told = "at the fixed threshold" if rule == "fixed" else "of the answers, none counting as wrong"
-    shown = Table(title=f"Accuracy {told}, with 95 % intervals", title_justify="left")
+    told = {"fixed": "Accuracy at the fixed threshold", "answer": "Share of pairs told rightly, unanswered ones wrong"}
+    shown = Table(title=f"{told[rule]}, with 95 % intervals", title_justify="left")
     shown.add_column("model")
     names = _columns(content, rule)
     for name in names:
         shown.add_column(name.rpartition("/")[2].replace("_", " ").replace(".selected", "*"))
     for model, metrics in content["metrics"].items():
-        shown.add_row(model, *(_cell(metrics[f"{rule}/{name}"]) for name in names))
+        shown.add_row(escape(model), *(_cell(metrics.get(f"{rule}/{name}")) for name in names))
     if any(name.endswith(".selected") for name in names):
         shown.caption = "* of the chosen scenarios and severities only"
     return shown
 
 
 def _columns(content: Mapping[str, Any], rule: str) -> list[str]:
-    metrics = next(iter(content["metrics"].values()))
+    metrics = max(content["metrics"].values(), key=len)
     names = [name.removeprefix(f"{rule}/") for name in metrics if name.startswith(f"{rule}/")]
     chosen = [name for name in names if name == "acc/clean" or name.startswith("acc/category/")]
     beside = {f"acc/{name}" for name in GROUPS["extensions"]}
@@ -83,7 +91,9 @@ def _columns(content: Mapping[str, Any], rule: str) -> list[str]:
     return chosen
 
 
-def _cell(metric: Mapping[str, Any]) -> str:
+def _cell(metric: Mapping[str, Any] | None) -> str:
+    if metric is None:  # a fall of a model that tells hardly any clean pair
+        return "-"
     low, high = metric["ci95"]
     return f"{metric['value']:.3f} [{low:.3f}, {high:.3f}]"
 
@@ -113,17 +123,26 @@ def heat_map(content: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     scenarios, models = _scenarios(content), list(content["metrics"])
-    falls = np.array([[_fall(content["metrics"][model], name) for name in scenarios] for model in models])
+    found = [[_fall(content["metrics"][model], name) for name in scenarios] for model in models]
+    falls = np.array(found, dtype=float)  # None becomes NaN
+    most = 100 * float(np.nanmax(falls, initial=0))
     figure = Figure((max(7, 3 + 0.42 * len(scenarios)), 2.6 + 0.4 * len(models)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(100 * falls, cmap="magma_r", vmin=0, vmax=max(5.0, 100 * float(falls.max())), aspect="auto")
+    image = axes.imshow(100 * falls, cmap="magma_r", vmin=0, vmax=max(5.0, most), aspect="auto")
     axes.set_xticks(range(len(scenarios)), [SCENARIOS[name].title for name in scenarios], rotation=60, ha="right")
     axes.set_yticks(range(len(models)), models)
-    middle = 50 * float(falls.max())
     for row, column in np.ndindex(falls.shape):
         percent = 100 * falls[row, column]
-        colour = "white" if percent > middle else "black"
-        axes.text(column, row, f"{percent:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        colour = "white" if percent > most / 2 else "black"
+        axes.text(
+            column,
+            row,
+            "-" if np.isnan(percent) else f"{percent:.0f}",
+            ha="center",
+            va="center",
+            color=colour,
+            fontsize=8,
+        )
     figure.colorbar(image, label="fall (% of clean)")
     axes.set_title("Relative corruption and variation errors, mean over severities")
     return figure
@@ -139,7 +158,7 @@ def curves(content: Mapping[str, Any]) -> Figure | None:
         return None
     figure = Figure((5 * len(kinds), 4), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    label = "accuracy, threshold of the clean images" if rule == "fixed" else "accuracy of the answers"
+    label = "accuracy, threshold of the clean images" if rule == "fixed" else "share of pairs told rightly"
     titles = {"cor": "Corruptions", "var": f"Variations ({STAND_IN.partition(',')[0]})"}
     for axes, kind in zip(panels, kinds, strict=True):
         severities = _at(content, kind)
@@ -221,8 +240,9 @@ def grid(run: Run, shard: Any) -> Figure:
 
 
 def _scenarios(content: Mapping[str, Any]) -> list[str]:
-    metrics = next(iter(content["metrics"].values()))
-    return [name for name in SCENARIOS if _fall(metrics, name) is not None]
+    rule, metrics = _rule(content), next(iter(content["metrics"].values()))
+    names = {name.removeprefix(f"{rule}/acc/").removesuffix(".selected") for name in metrics}
+    return [name for name in SCENARIOS if name in names]
 
 
 def _rule(content: Mapping[str, Any]) -> str:

@@ -144,10 +144,8 @@ def decided(asked: Answered, categories: Mapping[str, str], seed: int, resamples
     Accuracies stand below answer/acc/, their relative falls below answer/rce and answer/rve, by the names of
     `evaluate`; a pair without an answer is decided wrongly. Below answered/ stands the share of pairs with an answer,
     below true_accept/ and false_accept/ the shares of pairs of one and of two people that the model takes for one.
-    Intervals: the bootstrap over pairs.
-
-    Raises:
-        UserError: no clean pair is decided rightly.
+    Intervals: the bootstrap over pairs. Falls are left out where so few clean pairs are decided rightly that a sample
+    of them may have none.
     """
     means = _means(list(asked.conditions), categories)
     mixture = np.stack([mean.weights for mean in means], axis=1)
@@ -158,7 +156,10 @@ def decided(asked: Answered, categories: Mapping[str, str], seed: int, resamples
         return outcome[chosen].mean(axis=0) @ mixture, Resampled(draws, int(chosen.sum()), seed)
 
     yes, all_pairs = asked.answers == 1, np.ones(len(same), dtype=bool)
-    found = _accuracies("answer", means, *spread(asked.answers == same[:, None], all_pairs))
+    values, draws = spread(asked.answers == same[:, None], all_pairs)
+    found = _listed("answer/acc", means, draws.metrics(values))
+    if draws.draws[:, 0].all():
+        found |= _fallen("answer", means, values, draws)
     shares = {
         "answered": (asked.answers != UNANSWERED, all_pairs),
         "true_accept": (yes, same),
@@ -214,8 +215,12 @@ def _means(conditions: Sequence[Condition], categories: Mapping[str, str]) -> li
 def _accuracies(rule: str, means: list[_Mean], values: np.ndarray, spread: Resampled | Folds) -> dict[str, Metric]:
     if not values[0]:
         raise UserError("not one clean pair is decided rightly; check that images, pairs and model belong together")
+    return _listed(f"{rule}/acc", means, spread.metrics(values)) | _fallen(rule, means, values, spread)
+
+
+def _fallen(rule: str, means: list[_Mean], values: np.ndarray, spread: Resampled | Folds) -> dict[str, Metric]:
     falls = zip(means[1:], spread.falls(values)[1:], strict=True)
-    return _listed(f"{rule}/acc", means, spread.metrics(values)) | {f"{rule}/{mean.fall}": one for mean, one in falls}
+    return {f"{rule}/{mean.fall}": one for mean, one in falls}
 
 
 def _listed(prefix: str, means: list[_Mean], metrics: list[Metric]) -> dict[str, Metric]:

@@ -23,17 +23,17 @@ VERSION = 1  # of what shards hold: another number makes all of them again
 # what decides how fast shards are made and not what they hold; scenarios and severities count as conditions
 SPEED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "corrupt", "evaluate", "ask"}
 SPEED |= {"scenarios", "severities", "clean"}
-PATIENCE = {"token_env", "timeout_s", "deadline_s", "concurrency"}  # of an endpoint; they decide no answer
 
 
 @dataclass
 class Run(runs.Run):
-    """One run's folder and what it works on."""
+    """One run's folder and what it works on. settings: those that decide what comes out, but models and conditions."""
 
     config: OodfaceConfig
     folder: Path
     command: str
     conditions: tuple[tuple[str, int], ...]
+    settings: Mapping[str, Any]
     pairs: protocols.Pairs | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
@@ -60,12 +60,13 @@ def prepare(config: OodfaceConfig, out: Path | None, command: str, what: str) ->
         require_textures(Path(dials.frost))
     if dials.clean or what != "corrupt":
         conditions.insert(0, CLEAN)
-    settings = getattr(dials, what).model_dump(exclude={"endpoints": {"__all__": PATIENCE}})
-    own = dials.model_dump(exclude=SPEED) | {what: settings}
+    own = dials.model_dump(exclude=SPEED) | {what: getattr(dials, what).model_dump(exclude={"endpoints"})}
+    if what == "ask":  # of any models: another one is asked about the same photographs
+        own |= {"evaluate": dials.evaluate.model_dump(include={"missing", "resamples"})}
     told = None if pairs is None else [list(map(int, pairs.fold)), pairs.same.tolist(), pairs.image_a, pairs.image_b]
-    identity = digest([VERSION, what, own, conditions, dict(versions), told])
+    identity = digest([VERSION, what, own, conditions, {} if what == "ask" else dict(versions), told])
     folder = (out or session.storage(config) / "oodface" / f"{what}-{identity}").resolve()
-    return Run(config, folder, command, tuple(conditions), pairs, versions, {"identity": identity})
+    return Run(config, folder, command, tuple(conditions), own, pairs, versions, {"identity": identity})
 
 
 def dry_run(config: OodfaceConfig, what: str) -> None:

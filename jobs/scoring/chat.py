@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 _MAX_RESPONSE_BYTES = 2**20
 _RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _FIRST_BACKOFF_S = 0.5
+_EXCERPT = 200  # characters of a refusal that are told
+_FILTERED = re.compile(r"content.?(filter|policy|management)|safety|moderation", re.IGNORECASE)
 
 Message = dict[str, Any]
-Ask = Callable[[Sequence[Message]], str]
+Ask = Callable[[Sequence[Message]], str | None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -33,7 +36,8 @@ Result = TypeVar("Result")
 class ChatSettings(Section):
     """Where an endpoint is and how long to wait for it.
 
-    base_url: of the API, up to and without "/chat/completions", for example "https://host/v1".
+    base_url: of the API, up to and without "/chat/completions", for example "https://host/v1"; without secrets, for
+        it stands in reports.
     model: the name that the endpoint serves.
     token_env: environment variable that holds the bearer token; none where the endpoint asks for none.
     timeout_s: of one HTTP request.
@@ -42,7 +46,7 @@ class ChatSettings(Section):
     concurrency: items in flight at once.
     """
 
-    base_url: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
+    base_url: Annotated[str, Field(pattern=r"^https?://[^@?#\s]+$")]
     model: Annotated[str, Field(min_length=1)]
     token_env: str | None = None
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
@@ -87,8 +91,9 @@ class Chat:
     def each(self, items: Sequence[Item], talk: Callable[[Ask, Item], Result]) -> list[Result]:
         """What `talk(ask, item)` gives for each item, in order, several at once.
 
-        `ask(messages)` is the text of one completion, "" where the response holds none. Busy or failing endpoints are
-        retried with growing waits, a 429 or 503 after the time it names, all within `deadline_s` an item.
+        `ask(messages)` is the text of one completion: "" where it has none or a filter of the endpoint refused it (by a
+        400 that says so), None where the response is no completion at all. Busy or failing endpoints are retried with
+        growing waits, a 429 or 503 after the time it names, all within `deadline_s` an item.
 
         Raises: JobFailure where the endpoint stays unreachable or busy beyond the deadline; UserError where it refuses
             the request or the token; whatever `talk` raises.
@@ -116,7 +121,9 @@ class Chat:
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, client: httpx.Client, stop: threading.Event, messages: Sequence[Message], deadline: float) -> str:
+    def _ask(
+        self, client: httpx.Client, stop: threading.Event, messages: Sequence[Message], deadline: float
+    ) -> str | None:
         import httpx
 
         body = {
@@ -135,8 +142,10 @@ class Chat:
             else:
                 if 200 <= status < 300:
                     return _text_of(content)
+                if status == 400 and _FILTERED.search(content.decode(errors="replace")):
+                    return ""
                 if status not in _RETRIED_STATUS:
-                    raise UserError(self._refusal(status))
+                    raise UserError(self._refusal(status, content))
                 trouble = f"the last answer was HTTP {status}"
                 pause = retry_after_s(headers.get("Retry-After"), datetime.now(UTC))
             if pause is None:
@@ -166,13 +175,16 @@ class Chat:
                     return response.status_code, response.headers, b""
         return response.status_code, response.headers, content
 
-    def _refusal(self, status: int) -> str:
+    def _refusal(self, status: int, content: bytes | bytearray) -> str:
         if status in (401, 403):
             named = self._settings.token_env or "token_env, which is not configured"
             return f"{self._who} refused the token (HTTP {status}); correct the one in {named}."
+        said = " ".join(content.decode(errors="replace").split())[:_EXCERPT]
+        for secret in self._headers.values():
+            said = said.replace(secret.removeprefix("Bearer "), "***")
         return (
-            f"{self._who} refused the request for model {self._settings.model} (HTTP {status}); "
-            "correct base_url or model."
+            f"{self._who} refused the request for model {self._settings.model} (HTTP {status}"
+            f"{f': {said}' if said else ''}); correct base_url or model."
         )
 
 
@@ -191,10 +203,10 @@ def retry_after_s(header: str | None, now: datetime) -> float | None:
     return max(0.0, (moment - now).total_seconds())
 
 
-def _text_of(body: bytes | bytearray) -> str:
-    """Text of the first choice; "" where the body is not a chat completion."""
+def _text_of(body: bytes | bytearray) -> str | None:
+    """Text of the first choice, "" where it has none; None where the body is no chat completion."""
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
-        return ""
+        return None
     return text if isinstance(text, str) else ""

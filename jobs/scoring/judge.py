@@ -49,7 +49,7 @@ def _scored(names: Sequence[str], ask: Ask, prompt: str) -> dict[str, float] | N
     form = json.dumps(dict.fromkeys(names, 0)).replace("0", "<number>")
     messages = [{"role": "user", "content": f"{prompt}\n\nAnswer with one JSON object and nothing else: {form}"}]
     for _ in range(ANSWERS_A_PROMPT):
-        answer = ask(messages)
+        answer = ask(messages) or ""
         try:
             return parse_scores(answer, names)
         except ValueError as error:

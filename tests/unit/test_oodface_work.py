@@ -283,4 +283,4 @@ def test_a_gpu_is_looked_at_while_a_shard_is_made(monkeypatch):
         pass
     assert found == {}
     notes = [{"gpu_busy": 0.5, "started": 0, "ended": 3}, {"gpu_busy": 0.9, "started": 0, "ended": 1}, {}]
-    assert pipeline._gpu(notes) == {"gpu_busy": 0.6}
+    assert pipeline._gpu(notes, 6) == {"gpu_busy": 0.4}

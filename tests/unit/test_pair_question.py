@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from cluster.config import load
 from cluster.errors import JobFailure, UserError
-from jobs.oodface import pair_question, robustness
+from jobs.oodface import pair_question, report, robustness
 from jobs.oodface.config import OodfaceConfig
 from jobs.oodface.pair_question import parsed
 from jobs.oodface.protocols import Pairs
@@ -65,8 +66,8 @@ def by_shade(body: dict):
 
 
 def asked(folder, images, pairs, dials):
-    manifest = pair_question.ask(folder, {"of": "this test"}, images, pairs, CONDITIONS, dials.ask)
-    return pair_question.score(manifest.files(folder), pairs, CONDITIONS, dials)
+    answers = pair_question.ask(folder, images, "of this test", pairs, CONDITIONS, dials.ask)
+    return pair_question.score(answers, pairs, CONDITIONS, dials)
 
 
 def test_both_photographs_and_the_question_go_out_and_answers_are_scored(endpoint, images, pairs, tmp_path):
@@ -85,15 +86,55 @@ def test_both_photographs_and_the_question_go_out_and_answers_are_scored(endpoin
     assert found["pairs"] == {"eyes": 4}
 
 
-def test_what_was_answered_is_not_asked_again(endpoint, images, pairs, tmp_path):
-    endpoint.answer = lambda body: (400, {}, "") if shades(body)[0] == 0 else by_shade(body)
-    dials = configured(f"{{base_url: {endpoint.base_url}, model: eyes}}")
-    with pytest.raises(UserError, match=r"The model eyes at http.* refused the request for model eyes \(HTTP 400\)"):
-        asked(tmp_path / "answers", images, pairs, dials)
+def test_what_was_answered_is_not_asked_again(endpoint, images, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(pair_question, "A_SHARD", 2)
+    endpoint.answer = lambda body: (400, {}, "why not") if shades(body)[0] == 0 else by_shade(body)
+    place = f"base_url: {endpoint.base_url}, model: eyes"
+    told = r"The model eyes at http.* refused the request for model eyes \(HTTP 400: why not\)"
+    with pytest.raises(UserError, match=told):
+        asked(tmp_path / "answers", images, pairs, configured(f"{{{place}, concurrency: 1}}"))
+    assert len(endpoint.requests) <= 2 * len(pairs) + 2
     endpoint.requests.clear()
     endpoint.answer = by_shade
-    asked(tmp_path / "answers", images, pairs, dials)
+    patient = configured(f"{{{place}, deadline_s: 900}}")
+    asked(tmp_path / "answers", images, pairs, patient)
     assert len(endpoint.requests) == len(pairs)
+    endpoint.requests.clear()
+    both = configured(f"{{{place}}}", f"{{base_url: {endpoint.base_url}, model: others}}")
+    assert set(asked(tmp_path / "answers", images, pairs, both)["metrics"]) == {"eyes", "others"}
+    assert {body["model"] for _, _, body in endpoint.requests} == {"others"}
+
+
+def test_parts_are_put_together_in_the_order_of_the_pairs(endpoint, images, pairs, tmp_path, monkeypatch):
+    endpoint.answer = by_shade
+    dials = configured(f"{{base_url: {endpoint.base_url}, model: eyes}}")
+    whole = asked(tmp_path / "whole", images, pairs, dials)
+    monkeypatch.setattr(pair_question, "A_SHARD", 3)
+    assert asked(tmp_path / "parts", images, pairs, dials) == whole
+
+
+def test_what_a_filter_refuses_is_unanswered_and_what_is_no_completion_ends_it(endpoint, images, pairs, tmp_path):
+    filtered = '{"error": {"code": "content_filter", "message": "a face"}}'
+    endpoint.answer = lambda body: (400, {}, filtered) if shades(body)[0] == 0 else by_shade(body)
+    dials = configured(f"{{base_url: {endpoint.base_url}, model: eyes}}")
+    metrics = asked(tmp_path / "filtered", images, pairs, dials)["metrics"]["eyes"]
+    assert (metrics["answered/clean"]["value"], metrics["answered/fog/5"]["value"]) == (1, 0)
+    endpoint.answer = lambda body: (200, {}, "<html>a proxy</html>")
+    with pytest.raises(JobFailure, match="the endpoint of eyes answered 3 times with no chat completion"):
+        asked(tmp_path / "proxy", images, pairs, dials)
+
+
+def test_a_model_that_refuses_everything_is_reported_beside_the_others(endpoint, images, pairs, tmp_path):
+    shy = (200, {}, completion("I'm sorry, but I have no way of comparing faces."))
+    endpoint.answer = lambda body: shy if body["model"] == "shy" else by_shade(body)
+    places = [f"{{base_url: {endpoint.base_url}, model: {name}}}" for name in ("shy", "eyes")]
+    content = asked(tmp_path / "answers", images, pairs, configured(*places)) | {"no_face": [], "lost": []}
+    assert content["metrics"]["shy"]["answer/acc/clean"]["value"] == 0
+    assert not any("rce" in name for name in content["metrics"]["shy"])
+    assert "answer/rce/fog.selected" in content["metrics"]["eyes"]
+    json.dumps(content, allow_nan=False)
+    report.asked(content)
+    assert [one.get_text() for one in report.heat_map(content).axes[0].texts] == ["-", "50"]
 
 
 def test_an_endpoint_that_is_gone_ends_in_a_sentence(images, pairs, tmp_path):
@@ -123,10 +164,17 @@ def test_endpoints_are_checked_before_anything_is_made(monkeypatch):
         ("Yes", True),
         ("no.", False),
         ("**No**, the noses differ.", False),
+        ("Yes they are the same person", True),
         ("The eyes are alike. So is the mouth. My answer is yes.", True),
-        ("Same jaw, yes.\nBut other ears.\n\nAnswer: no", False),
+        ("Same jaw, yes.\nBut other ears.\n\nAnswer: **no**", False),
+        ('{"answer": "yes"}', True),
         ("<think>no, yes, no</think>\nYes", True),
+        ("<think>The first man has a beard and the second one has no", None),
         ("I'm sorry, I can't compare people in pictures.", None),
+        ("I can't help with that. There is no reliable way for me to tell.", None),
+        ("I cannot say yes.", None),
+        ("No doubt, these are the same person.", None),
+        ("Yes and no.", None),
         ("It could be yes or no.", None),
         ("I know nothing of yesterday.", None),
         ("", None),

@@ -132,7 +132,23 @@ def test_a_trial_at_its_last_step_ends_by_itself():
 def test_trials_are_ranked_by_fronts_and_then_by_the_volume_that_they_add():
     points = [(0.9, 0.5), (0.0, 1.0), (0.5, 0.9), (0.85, 0.52), (0.4, 0.4), (0.9, 0.5)]
     # .45 both: the first; then what adds .2, .007 and nothing; the copy and the dominated one come after
-    assert ranked(points) == [0, 2, 3, 1, 5, 4]
+    assert ranked(points, 6) == [0, 2, 3, 1, 5, 4]
+    assert ranked(points, 2) == [0, 2]
+
+
+def test_equals_of_the_best_go_on():
+    rungs = Rungs(2, 2, 8)
+    assert all(rungs.stays(str(number), 2, (0.25, 0.75)) for number in range(6))
+    assert not rungs.stays("behind", 2, (0.2, 0.75))
+
+
+def test_a_trial_is_compared_on_the_highest_rung_that_it_reached_only():
+    rungs = Rungs(2, 2, 16)
+    assert rungs.stays("good", 2, (0.9, 0.9))
+    assert rungs.stays("late", 5, (0.1, 0.1))  # the first at four steps; two steps are behind it
+    assert rungs.stays("late", 6, (0.1, 0.1))
+    assert rungs.stays("good", 4, (0.9, 0.9))
+    assert not rungs.stays("later", 4, (0.05, 0.1))
 
 
 def test_rungs_lie_so_many_times_further_and_below_the_last_step():
