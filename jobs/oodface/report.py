@@ -210,7 +210,8 @@ def grid(run: Run, shard: Any) -> Figure:
 
     from jobs.oodface.faces.align import ARCFACE
     from jobs.oodface.run import work_plan
-    from jobs.oodface.work import CLEAN, Faces
+    from jobs.oodface.scenario import CLEAN
+    from jobs.oodface.work import Faces
 
     plan = work_plan(run.config, run.conditions)
     faces = Faces(replace(plan, device="cpu"))  # the driver's machine may have nothing else

@@ -12,13 +12,13 @@ from cluster.tracking import masked
 from jobs.oodface import protocols
 from jobs.oodface.config import Oodface, OodfaceConfig
 from jobs.oodface.corruptions.occlusion import require_textures
+from jobs.oodface.scenario import CLEAN
 from jobs.oodface.scenarios import selected
 from jobs.oodface.sources import LAYOUTS
 
 if TYPE_CHECKING:
     from jobs.oodface.work import Plan
 
-CLEAN = ("clean", 0)
 VERSION = 1  # of what shards hold: another number makes all of them again
 # what decides how fast shards are made and not what they hold; scenarios and severities count as conditions
 SPEED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "corrupt", "evaluate", "ask"}

@@ -12,6 +12,7 @@ from jobs.oodface.randomness import Random
 Images = Float[Tensor, "batch 3 height width"]
 Draws = Mapping[str, Tensor]
 SEVERITIES = (1, 2, 3, 4, 5)
+CLEAN = ("clean", 0)  # the condition of a crop as it is, among (scenario, severity)
 
 
 class Scenario(ABC):

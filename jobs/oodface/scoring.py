@@ -12,8 +12,9 @@ from jobs.oodface import robustness
 from jobs.oodface.config import Oodface
 from jobs.oodface.metrics import Scores, pair_scores
 from jobs.oodface.protocols import Pairs
+from jobs.oodface.scenario import CLEAN
 from jobs.oodface.scenarios import SCENARIOS
-from jobs.oodface.work import CLEAN, NONE
+from jobs.oodface.work import NONE
 
 Condition = tuple[str, int]
 

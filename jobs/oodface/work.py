@@ -29,11 +29,10 @@ from jobs.oodface.faces.align import TEMPLATES, Template, align
 from jobs.oodface.faces.config import OnnxFace
 from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.randomness import keys
-from jobs.oodface.scenario import Images, Scenario
+from jobs.oodface.scenario import CLEAN, Images, Scenario
 from jobs.oodface.scenarios import distort, find
 from jobs.oodface.variations.base import Landmarks, fitting
 
-CLEAN = ("clean", 0)
 NONE = "none"  # no defence
 
 
