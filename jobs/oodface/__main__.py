@@ -30,44 +30,29 @@ def corrupt(
     _do("corrupt", load(OodfaceConfig, profile, config or [], sets or []), out, fresh, dry_run)
 
 
-@app.command()
-def evaluate(
-    profile: cli.Profile = None,
-    config: cli.ConfigFile = None,
-    sets: cli.Set = None,
-    quick: Quick = False,
-    out: cli.Out = None,
-    fresh: cli.Fresh = False,
-    dry_run: cli.DryRun = False,
-) -> None:
-    """Ask face models whether pairs of faces are of one person, under every chosen scenario and severity."""
-    _do(
-        "evaluate",
-        load(OodfaceConfig, profile, config or [], [*(QUICK if quick else ()), *(sets or [])]),
-        out,
-        fresh,
-        dry_run,
-    )
+def _about_pairs(what: str, told: str) -> None:
+    """Adds a command that works on a list of pairs."""
+
+    @app.command(what, help=told)
+    def command(
+        profile: cli.Profile = None,
+        config: cli.ConfigFile = None,
+        sets: cli.Set = None,
+        quick: Quick = False,
+        out: cli.Out = None,
+        fresh: cli.Fresh = False,
+        dry_run: cli.DryRun = False,
+    ) -> None:
+        loaded = load(OodfaceConfig, profile, config or [], [*(QUICK if quick else ()), *(sets or [])])
+        _do(what, loaded, out, fresh, dry_run)
 
 
-@app.command()
-def ask(
-    profile: cli.Profile = None,
-    config: cli.ConfigFile = None,
-    sets: cli.Set = None,
-    quick: Quick = False,
-    out: cli.Out = None,
-    fresh: cli.Fresh = False,
-    dry_run: cli.DryRun = False,
-) -> None:
-    """Ask vision-language models, over OpenAI-style endpoints, whether pairs of faces are of one person."""
-    _do(
-        "ask",
-        load(OodfaceConfig, profile, config or [], [*(QUICK if quick else ()), *(sets or [])]),
-        out,
-        fresh,
-        dry_run,
-    )
+_about_pairs(
+    "evaluate", "Ask face models whether pairs of faces are of one person, under every chosen scenario and severity."
+)
+_about_pairs(
+    "ask", "Ask vision-language models, over OpenAI-style endpoints, whether pairs of faces are of one person."
+)
 
 
 @app.command()

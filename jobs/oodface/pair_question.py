@@ -139,10 +139,10 @@ def parsed(text: str) -> bool | None:
     other uses, as in "I have no way to tell". What stands before </think> is not looked at; a thought that was cut off
     has no answer.
     """
-    before, _, answer = text.lower().rpartition("</think>")
-    if "<think>" in answer and not before:
+    answer = text.lower().rpartition("</think>")[2].strip()
+    if "<think>" in answer:
         return None
-    found = _OPENING.match(answer.strip()) or _ENDING.search(answer.strip())
+    found = _OPENING.match(answer) or _ENDING.search(answer)
     return found[1] == "yes" if found else None
 
 

@@ -141,6 +141,17 @@ def test_shards_are_those_of_one_process_in_small_batches(made, tmp_path):
     ]
 
 
+def assert_within_their_intervals(metrics: dict, names: tuple[str, ...]) -> None:
+    for name in names:
+        low, high = metrics[name]["ci95"]
+        assert low <= metrics[name]["value"] <= high
+
+
+def assert_plots(folder: Path) -> None:
+    for name in ("heat_map.png", "severity.png", "grid.png"):
+        assert (folder / "plots" / name).stat().st_size > 5000
+
+
 def test_models_are_scored_under_every_condition(storage, faces):
     changes = {"evaluate.pairs": faces / "pairs.csv", "evaluate.models": "[sface]", "evaluate.defences": "[bit_depth]"}
     finish(oodface(storage, faces, "evaluate", "scores", **changes))
@@ -148,12 +159,11 @@ def test_models_are_scored_under_every_condition(storage, faces):
     assert set(report["metrics"]) == {"sface", "sface+bit_depth"}
     metrics = report["metrics"]["sface"]
     assert report["pairs"]["sface"] == PEOPLE * 3 * 2
-    for name in ("fixed/acc/clean", "refit/acc/pixelate/5", "ten_fold/acc/clean", "fixed/rce.selected"):
-        low, high = metrics[name]["ci95"]
-        assert low <= metrics[name]["value"] <= high
+    assert_within_their_intervals(
+        metrics, ("fixed/acc/clean", "refit/acc/pixelate/5", "ten_fold/acc/clean", "fixed/rce.selected")
+    )
     assert metrics["fixed/acc/clean"]["value"] > 0.8
-    for name in ("heat_map.png", "severity.png", "grid.png"):
-        assert (storage / "scores" / "plots" / name).stat().st_size > 5000
+    assert_plots(storage / "scores")
 
 
 def test_a_model_behind_an_endpoint_is_asked_about_every_pair_once(storage, faces):
@@ -181,12 +191,11 @@ def test_a_model_behind_an_endpoint_is_asked_about_every_pair_once(storage, face
     report = json.loads((storage / "asked" / "report.json").read_text())
     assert report["models"] == {"eyes": endpoint.base_url}
     metrics = report["metrics"]["eyes"]
-    for name in ("answer/acc/clean", "answer/acc/pixelate/5", "answer/rce.selected", "false_accept/color_shift/5"):
-        low, high = metrics[name]["ci95"]
-        assert low <= metrics[name]["value"] <= high
+    assert_within_their_intervals(
+        metrics, ("answer/acc/clean", "answer/acc/pixelate/5", "answer/rce.selected", "false_accept/color_shift/5")
+    )
     assert metrics["answer/acc/clean"]["value"] > 0.5
-    for name in ("heat_map.png", "severity.png", "grid.png"):
-        assert (storage / "asked" / "plots" / name).stat().st_size > 5000
+    assert_plots(storage / "asked")
 
 
 @pytest.mark.parametrize(

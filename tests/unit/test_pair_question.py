@@ -170,6 +170,7 @@ def test_endpoints_are_checked_before_anything_is_made(monkeypatch):
         ('{"answer": "yes"}', True),
         ("<think>no, yes, no</think>\nYes", True),
         ("<think>The first man has a beard and the second one has no", None),
+        ("<think>yes</think> Let me look again. <think>the answer is: no", None),
         ("I'm sorry, I can't compare people in pictures.", None),
         ("I can't help with that. There is no reliable way for me to tell.", None),
         ("I cannot say yes.", None),
