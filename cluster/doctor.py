@@ -56,6 +56,7 @@ def run(storage: Path) -> list[Check]:
 def show(checks: Iterable[Check]) -> int:
     """Print the table and the remedies. Returns the exit status: 1 when a check failed, else 0."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -63,11 +64,13 @@ def show(checks: Iterable[Check]) -> int:
     colour = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     checks = list(checks)
     for check in checks:
-        table.add_row(check.name, f"[{colour[check.state]}]{check.state}[/]", check.found)
+        table.add_row(check.name, f"[{colour[check.state]}]{check.state}[/]", escape(check.found))
     console.print(table)
     for check in checks:
         if check.state != "ok":
-            console.print(f"[{colour[check.state]}]{check.state}[/] {check.name}: {check.remedy}", soft_wrap=True)
+            console.print(
+                f"[{colour[check.state]}]{check.state}[/] {check.name}: {escape(check.remedy)}", soft_wrap=True
+            )
     return int(any(check.state == "fail" for check in checks))
 
 

@@ -68,7 +68,9 @@ def connected(config: Config) -> Iterator[None]:
     address = _address(config)
     environment = WORKER_ENVIRONMENT | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
+    import joblib
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         _require_room(config)
@@ -77,7 +79,7 @@ def connected(config: Config) -> Iterator[None]:
     demanded, given = config.workers.number * config.workers.cpus, os.environ.get(CONTROL_PORT)
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": True, "configure_logging": False}
     if address is None:
-        cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, demanded)
+        cpus = config.cluster.num_cpus or max(joblib.cpu_count(), demanded)  # a container's limit counts
         options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
         # The usual port is left to `make up`; without a dashboard Ray Tune would hang.
         options |= {"dashboard_port": processes.free_port()}
@@ -86,7 +88,14 @@ def connected(config: Config) -> Iterator[None]:
         environment["RAY_ADDRESS"] = f"127.0.0.1:{os.environ[CONTROL_PORT]}"
     try:
         ray.init(address=address or "local", **options)
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at {address} wants its token: {str(error).splitlines()[0]}; set RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH, as `make up` says"
+        ) from None
     except (ConnectionError, ValueError) as error:
+        if address is None:
+            raise JobFailure(f"no Ray could be started on this machine: {str(error).splitlines()[0]}") from None
         raise UserError(
             f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`"
         ) from None

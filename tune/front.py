@@ -22,6 +22,7 @@ def hypervolume(points: Sequence[Point]) -> float:
     fronts of tens of points that a search has.
     """
     points = [point for point in points if min(point) > 0]
+    points = [points[index] for index in nondominated(points)]
     if not points:
         return 0.0
     if len(points[0]) == 1:
@@ -34,9 +35,15 @@ def hypervolume(points: Sequence[Point]) -> float:
     return total
 
 
-def hypervolumes(points: Sequence[Point]) -> list[float]:
-    """The hypervolume of the first, of the first two, and so on."""
-    return [hypervolume(points[: count + 1]) for count in range(len(points))]
+def hypervolumes(groups: Sequence[Sequence[Point]]) -> list[float]:
+    """The hypervolume of the first group of points, of the first two, and so on."""
+    found: list[float] = []
+    front: list[Point] = []
+    for group in groups:
+        points = [*front, *group]
+        front = [points[index] for index in nondominated(points)]
+        found.append(hypervolume(front))
+    return found
 
 
 def _dominates(one: Point, other: Point) -> bool:

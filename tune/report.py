@@ -19,27 +19,47 @@ FRONT_COLOUR = "#D62728"
 
 
 def summary(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
-    """The search's part of its report. Points are compared at equal steps: those of trials that came to their end."""
+    """The search's part of its report.
+
+    The front is of looks, not of trials: a training's first steps do not depend on how many it has (its learning rate
+    is constant), so what a trial had reached at a look is what its settings with so many steps reach.
+    """
     looked = [record for record in records if record.looks and record.state in (COMPLETE, STOPPED)]
-    complete = [record for record in looked if record.state == COMPLETE]
-    points = [record.point(plan.objectives) for record in complete]
-    default = [point for record, point in zip(complete, points, strict=True) if not record.values]
+    paths = [[look for look in record.looks if look["step"] % plan.updates_per_step == 0] for record in looked]
+    reached = [[_point(look, plan.objectives) for look in path] for path in paths]
+    places = [(record, look) for record, path in zip(looked, paths, strict=True) for look in path]
+    points = [point for path in reached for point in path]
+    as_it_is = next((path for record, path in zip(looked, reached, strict=True) if not record.values), None)
     trained, planned = sum(record.last_step for record in looked), plan.max_steps * len(looked)
-    best = max(complete, key=lambda record: spanned(record.looks[-1], plan.objectives), default=None)
+    best = max(places, key=lambda place: spanned(place[1], plan.objectives), default=None)
     return {
         "objectives": list(plan.objectives),
         "trials": [vars(record) for record in records],
         "failures": {str(record.number): record.message for record in records if record.state == FAILED},
-        "front": [complete[index].number for index in nondominated(points)],
-        "best": best and best.number,
+        "front": [_place(*places[index]) for index in nondominated(points)],
+        "best": best and _place(*best),
         "hypervolume": {
             "all": hypervolume(points),
-            "configuration_as_it_is": hypervolume(default),
-            "by_trial": hypervolumes(points),
+            "configuration_as_it_is": as_it_is and hypervolume(as_it_is[-1:]),
+            "path_of_configuration_as_it_is": as_it_is and hypervolume(as_it_is),
+            "by_trial": hypervolumes(reached),
         },
         "importance": importance(plan, looked),
         "steps": {"trained": trained, "planned": planned, "saved": 1 - trained / planned if planned else 0.0},
     }
+
+
+def place_name(place: Mapping[str, int]) -> str:
+    """TRIAL@STEP, as `metrics` has it."""
+    return f"{place['trial']}@{place['step']}"
+
+
+def _place(record: Record, look: Mapping[str, float]) -> dict[str, int]:
+    return {"trial": record.number, "step": int(look["step"])}
+
+
+def _point(look: Mapping[str, float], objectives: Sequence[str]) -> tuple[float, ...]:
+    return tuple(look[name] for name in objectives)
 
 
 def importance(plan: Plan, looked: Sequence[Record]) -> dict[str, float]:
@@ -66,41 +86,60 @@ def spanned(look: Mapping[str, float], objectives: Sequence[str]) -> float:
 
 
 def table(content: Mapping[str, Any]) -> "Table":
-    """A row a trial, those of the front marked."""
+    """A row for each look on the front, then one for each other trial at its last look."""
     from rich import box
     from rich.table import Table
 
-    shown = Table(title="Trials", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title="Front, and where the other trials ended", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("trial", "step", *content["objectives"]):
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("")
     shown.add_column("settings")
-    for trial in content["trials"]:
-        last = trial["looks"][-1] if trial["looks"] else {}
-        number = trial["number"]
-        metrics = content["metrics"].get(str(number), {})
-        marks = [trial["state"] * (trial["state"] != "complete"), "front" * (number in content["front"])]
-        marks.append("best" * (number == content["best"]))
-        shown.add_row(
-            str(number),
-            str(last.get("step", "-")),
-            *(_cell(metrics.get(name)) for name in content["objectives"]),
-            ", ".join(filter(None, marks)),
-            ", ".join(f"{name.rpartition('.')[2]} {_value(value)}" for name, value in trial["values"].items()),
-        )
+    trials = {trial["number"]: trial for trial in content["trials"]}
+    for place in content["front"]:
+        mark = "front, best" if place == content["best"] else "front"
+        _row(shown, content, trials[place["trial"]], place["step"], mark, place_name(place))
+    shown.add_section()
+    on_front = {place["trial"] for place in content["front"]}
+    for number, trial in trials.items():
+        if number not in on_front:
+            step = trial["looks"][-1]["step"] if trial["looks"] else "-"
+            _row(shown, content, trial, step, trial["state"], str(number))
     volume, steps = content["hypervolume"], content["steps"]
     shown.caption = (
-        f"Trial 0 is the configuration as it is. Hypervolume from the origin: {volume['all']:.3f} of complete trials, "
-        f"{volume['configuration_as_it_is']:.3f} of trial 0.\n"
+        f"Trial 0 is the configuration as it is. {_volumes(volume)}\n"
         f"Steps: {steps['trained']} of {steps['planned']}, {100 * steps['saved']:.0f} % saved. "
-        "Figures: last look, with 95 % intervals over its probes; the best of many trials leans to the good side."
+        "Figures have 95 % intervals over a look's probes; the best of many looks leans to the good side."
     )
     shown.caption_justify = "left"
     return shown
 
 
+def _volumes(volume: Mapping[str, Any]) -> str:
+    alone = "of trial 0 there is none."
+    if volume["configuration_as_it_is"] is not None:
+        alone = (
+            f"{volume['path_of_configuration_as_it_is']:.3f} of trial 0's, "
+            f"{volume['configuration_as_it_is']:.3f} of its last."
+        )
+    return f"Hypervolume from the origin: {volume['all']:.3f} of all looks, {alone}"
+
+
+def _row(shown: "Table", content: Mapping[str, Any], trial: Mapping[str, Any], step: Any, mark: str, name: str) -> None:
+    from rich.markup import escape
+
+    metrics = content["metrics"].get(name, {})
+    shown.add_row(
+        str(trial["number"]),
+        str(step),
+        *(_cell(metrics.get(objective)) for objective in content["objectives"]),
+        mark,
+        escape(", ".join(f"{key.rpartition('.')[2]} {_value(value)}" for key, value in trial["values"].items())),
+    )
+
+
 def figure(content: Mapping[str, Any]) -> "Figure":
-    """Left: the trials by the first two objectives; middle: hypervolume by trial; right: importance."""
+    """Left: the trials' paths by the first two objectives; middle: hypervolume by trial; right: importance."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(15, 4.8), layout="constrained")
@@ -109,8 +148,9 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     heights = content["hypervolume"]["by_trial"]
     volume.step(range(1, len(heights) + 1), heights, where="post", color=FRONT_COLOUR, marker="o", markersize=4)
     volume.set_xticks(range(1, len(heights) + 1, max(1, len(heights) // 10)))
-    volume.axhline(content["hypervolume"]["configuration_as_it_is"], color="#777777", linestyle="--", linewidth=1)
-    volume.set_xlabel("complete trials")
+    if content["hypervolume"]["configuration_as_it_is"] is not None:
+        volume.axhline(content["hypervolume"]["configuration_as_it_is"], color="#777777", linestyle="--", linewidth=1)
+    volume.set_xlabel("trials that were looked at")
     volume.set_ylabel("hypervolume (dashed: the configuration as it is)")
     volume.set_ylim(0, 1.03)
     shares = list(content["importance"].items())[::-1]
@@ -133,12 +173,15 @@ def _scatter(axes: "Axes", content: Mapping[str, Any]) -> None:
         if not trial["looks"] or trial["state"] not in COLOURS:
             continue
         path = [(look[first], look[second]) for look in trial["looks"]]
-        on_front = trial["number"] in content["front"]
-        colour = FRONT_COLOUR if on_front else COLOURS[trial["state"]]
+        colour = COLOURS[trial["state"]]
         axes.plot(*zip(*path, strict=True), color=colour, linewidth=0.7, alpha=0.35)
         axes.plot(*path[-1], marker="s" if not trial["values"] else "o", color=colour)
         axes.annotate(str(trial["number"]), path[-1], xytext=(4, 4), textcoords="offset points", color=colour)
-    axes.set_xlabel(f"{first} (red: front, grey: ended early, square: the configuration as it is)")
+    looks = {(trial["number"], look["step"]): look for trial in content["trials"] for look in trial["looks"]}
+    front = [looks[place["trial"], place["step"]] for place in content["front"]]
+    rings = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
+    axes.plot([look[first] for look in front], [look[second] for look in front], color=FRONT_COLOUR, **rings)
+    axes.set_xlabel(f"{first} (rings: front, grey: ended early, square: the configuration as it is)")
     axes.set_ylabel(second)
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)

@@ -17,6 +17,7 @@ from cluster import cli
 from cluster.config import leaves, load, overlaid
 from cluster.errors import JobFailure, UserError
 from jobs.rule.config import RuleConfig
+from jobs.rule.data import DEMO_NAME
 from tune.config import Tune
 from tune.space import Space, Values, keys_of, present, require_usable, size
 
@@ -100,12 +101,12 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
     from tune.search import RUNNING, STOPPED, recorded, trial_folder
 
     known = read_json(own.folder / "report.json")
-    if known is not None and len(known["trials"]) >= config.tune.rule.trials:
+    ended = [record for record in recorded(own.folder) if record.state != RUNNING]
+    if known is not None and len(ended) >= config.tune.rule.trials:
         print(f"this search is finished (--fresh starts it over): {own.folder}")
         _show(known)
         return own.folder / "report.json"
     own.config = own.config.model_copy(update={"tracking": config.tracking})
-    recorded(own.folder)
     with job.exclusively(own.folder):
         try:
             content = _searched(config, base, space, own, shapes)
@@ -131,7 +132,7 @@ def _searched(
         (own.folder / SETTINGS).write_text(yaml.safe_dump(_remembered(config), sort_keys=False), encoding="utf-8")
         os.environ[URI] = tracker.uri
         plan = planned(config, base, space, own, shapes, tracker.run_id)
-        records = search(plan)
+        records = search(plan, _environment(config))
         for record in records:
             if record.state != RUNNING:  # its workers may have written on for a moment
                 trial.clear(plan.trial_folder(record.number))
@@ -143,7 +144,7 @@ def _searched(
         plot.parent.mkdir(exist_ok=True)
         figure(content).savefig(plot, dpi=150)
         tracker.metrics(
-            {name: content["hypervolume"][name] for name in ("all", "configuration_as_it_is")}
+            {name: value for name, value in content["hypervolume"].items() if isinstance(value, float)}
             | {"steps_saved": content["steps"]["saved"]},
             step=len(records),
             stage="search",
@@ -169,7 +170,8 @@ def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
     keys = {"cluster.storage": str(Path(config.cluster.storage).expanduser().resolve()), "tracking.uri": None}
     for name in ("model", "data"):
         place = Path(getattr(config.rule, name)).expanduser()
-        keys |= {f"rule.{name}": str(place.resolve())} if place.exists() else {}
+        if place.exists() and getattr(config.rule, name) != DEMO_NAME:  # a folder of that name is not what a run takes
+            keys[f"rule.{name}"] = str(place.resolve())
     if config.tune.rule.naturalness:
         keys["rule.trace.naturalness"] = True
     if base.rule.trace.every is None:
@@ -238,19 +240,23 @@ def planned(
             f"train.cpus_per_worker {train.cpus_per_worker} = {wanted * each} CPUs and the memory of as many runs; the "
             f"cluster has room for {slots} at once; lower it, or leave it null"
         )
-    judge = config.rule.evaluation.judge
-    names = [URI, *([judge.token_env] if judge is not None and judge.token_env else [])]
     return Plan(
         folder=own.folder,
         settings=config.tune.rule,
         space=space,
         objectives=(*AXES, NATURALNESS) if base.rule.trace.naturalness else AXES,
         max_steps=base.rule.rebo.steps * base.rule.rebo.updates_per_rollout,
+        updates_per_step=base.rule.rebo.updates_per_rollout,
         slots=wanted or slots,
         run=partial(_run_trial, base, space, own.folder / "shared", parent),
         ended=_ended,
-        environment={name: os.environ[name] for name in names if name in os.environ},
     )
+
+
+def _environment(config: SearchConfig) -> dict[str, str]:
+    judge = config.rule.evaluation.judge
+    names = [URI, *([judge.token_env] if judge is not None and judge.token_env else [])]
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _run_trial(
@@ -286,18 +292,21 @@ def _content(
 ) -> dict[str, Any]:
     from cluster.tracking import masked
     from jobs.rule import job, trial
-    from tune.report import summary
+    from tune.report import place_name, summary
 
     found = summary(plan, records)
     by_number = {record.number: record for record in records}
     shutil.rmtree(own.folder / "front", ignore_errors=True)
-    for number in found["front"]:
-        _configuration(base, plan.space, by_number[number], own.folder / "front" / f"{number:03d}.yaml")
+    for place in found["front"]:
+        path = own.folder / "front" / f"{place['trial']:03d}-at-{place['step']:03d}.yaml"
+        _configuration(base, plan, by_number[place["trial"]], place["step"], path)
     if found["best"] is not None:
-        _configuration(base, plan.space, by_number[found["best"]], own.folder / "best.yaml")
+        best = found["best"]
+        _configuration(base, plan, by_number[best["trial"]], best["step"], own.folder / "best.yaml")
+    looks = {str(number): (number, record.last_step) for number, record in by_number.items()}
+    looks |= {place_name(place): (place["trial"], place["step"]) for place in found["front"]}
     metrics = {
-        str(number): trial.intervals(plan.trial_folder(number), record.last_step, base.rule.seed)
-        for number, record in by_number.items()
+        name: trial.intervals(plan.trial_folder(number), step, base.rule.seed) for name, (number, step) in looks.items()
     }
     return job.provenance(own, tracker) | {
         "job": "search",
@@ -307,12 +316,13 @@ def _content(
     }
 
 
-def _configuration(base: RuleConfig, space: Space, record: "Record", path: Path) -> None:
-    """A file that `python -m jobs.rule run --config` takes: the trial's whole configuration."""
-    config = overlaid(base, keys_of(space, record.values), PLACE)
+def _configuration(base: RuleConfig, plan: "Plan", record: "Record", step: int, path: Path) -> None:
+    """A file that `python -m jobs.rule run --config` takes: a trial's whole configuration, with the steps of a look."""
+    keys = keys_of(plan.space, record.values) | {"rule.rebo.steps": step // plan.updates_per_step}
+    config = overlaid(base, keys, PLACE)
     sections = config.model_dump(include={"rule", "train", "generation"})
     path.parent.mkdir(exist_ok=True)
-    text = f"# Trial {record.number} of a search.\n{yaml.safe_dump(sections, sort_keys=False)}"
+    text = f"# Trial {record.number} of a search, up to step {step}.\n{yaml.safe_dump(sections, sort_keys=False)}"
     path.write_text(text, encoding="utf-8")
 
 
@@ -333,15 +343,17 @@ def _show(content: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table(content))
     for number, message in content["failures"].items():
-        console.print(f"trial {number} failed: {message}", soft_wrap=True, highlight=False)
+        console.print(f"trial {number} failed: {message}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _dry_run(config: SearchConfig) -> None:
+    from cluster.errors import paths_named
     from jobs.rule import job, stages
 
-    base, space = settled(config)
-    usable(base, space)
-    run = job.prepare(base, None, "")
+    with paths_named():
+        base, space = settled(config)
+        usable(base, space)
+        run = job.prepare(base, None, "")
     print(job.described(run.data))
     print(yaml.safe_dump(_remembered(config), sort_keys=False))
     stages.plan(run).show()

@@ -5,6 +5,7 @@ and the rungs what they say, and starts what was running again under its number.
 """
 
 import os
+import random
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from cluster.errors import UserError
 from cluster.report import read_json, write_json
 from tune.config import Search
 from tune.halving import Halving, Rungs
-from tune.space import Space, Values, distributions
+from tune.space import Space, Values, distributions, drawn
 
 # Ours are the only lines, records and handlers: Tune's own would print tables, write logs and swallow Ctrl-C.
 ENVIRONMENT = {
@@ -32,7 +33,7 @@ ENVIRONMENT = {
 STUDY = "search"
 RUNNING, COMPLETE, STOPPED, FAILED = "running", "complete", "stopped", "failed"
 STARTUP_SHARE = 4  # a trial in so many is drawn at random before Optuna's model of the space is asked
-REDRAWS = 100  # of a proposal that was tried before
+REDRAWS = 1000  # at random, of a proposal that was tried before
 
 
 @dataclass
@@ -61,8 +62,8 @@ class Plan:
     """What a system hands over. `objectives` are maximised, from 0 to 1.
 
     run: trains a trial in a folder, with callbacks for Ray Train, and returns its last look; called in a Ray worker
-        that holds no CPU, so that its training finds them free. Tune writes it to disk: it must hold no secret.
-    environment: variables of that worker, which are not written.
+        that holds no CPU, so that its training finds them free. Tune writes all of a plan to disk: no secret in it.
+    updates_per_step: updates of the model, which looks count, in a step of the configuration.
     ended: told of each trial that ended, with its folder.
     """
 
@@ -74,7 +75,7 @@ class Plan:
     slots: int
     run: Callable[[Values, Path, Sequence[TuneReportCallback]], dict[str, float]]
     ended: Callable[[Record, Path], None]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    updates_per_step: int = 1
 
     def trial_folder(self, number: int) -> Path:
         """Where a trial keeps its run."""
@@ -96,12 +97,16 @@ def recorded(folder: Path) -> list[Record]:
     Raises:
         UserError: a record that is none.
     """
-    found = sorted((folder / "trials").glob("*.json"))
-    return [_record(path) for path in found if re.fullmatch(r"\d+", path.stem)]
+    found = (folder / "trials").glob("*.json")
+    return sorted((_record(path) for path in found if re.fullmatch(r"\d+", path.stem)), key=lambda one: one.number)
 
 
-def search(plan: Plan) -> list[Record]:
-    """Runs what is not on record as ended; returns all records."""
+def search(plan: Plan, environment: Mapping[str, str]) -> list[Record]:
+    """Runs what is not on record as ended; returns all records.
+
+    Args:
+        environment: variables of the trials' processes; they may be secret, and are not written anywhere.
+    """
     before = recorded(plan.folder)
     ended = [record for record in before if record.state != RUNNING]
     waiting = [record for record in before if record.state == RUNNING]
@@ -110,7 +115,7 @@ def search(plan: Plan) -> list[Record]:
         os.environ.update(ENVIRONMENT)
         grace = min(plan.settings.grace_steps, plan.max_steps)
         rungs = Rungs(grace, plan.settings.reduction_factor, plan.max_steps)
-        trial = tune.with_parameters(_trainable(plan), environment=dict(plan.environment))
+        trial = tune.with_parameters(_trainable(plan), environment=dict(environment))
         tuner = tune.Tuner(
             tune.with_resources(trial, {"memory": 1_000_000}),  # of the CPUs none: they are its training's
             tune_config=tune.TuneConfig(
@@ -156,7 +161,7 @@ class Proposals(OptunaSearch):
             study_name=STUDY,
         )
         for record in ended:
-            if record.values and record.looks:
+            if record.values and record.looks and record.state != FAILED:
                 self._ot_study.add_trial(
                     optuna.trial.create_trial(
                         values=record.point(plan.objectives), params=record.values, distributions=space
@@ -168,6 +173,7 @@ class Proposals(OptunaSearch):
         if 0 not in self.known:
             self.waiting.insert(0, (0, {}))
         self.tried = [record.values for record in (*ended, *waiting)]
+        self.random = random.Random(plan.settings.seed + len(self.tried))
         self.as_it_is: set[str] = set()
         self.plan = plan
 
@@ -194,7 +200,9 @@ class Proposals(OptunaSearch):
         for _ in range(REDRAWS):
             if values not in self.tried:
                 break
+            # Optuna's model of a small space would propose its favourite again and again
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
+            self._ot_study.enqueue_trial(drawn(self.plan.space, self.random))
             values = super().suggest(trial_id)
         self.tried.append(values)
         return values
@@ -292,7 +300,9 @@ def _record(path: Path) -> Record:
     except TypeError:
         sound = False
     if not sound:
-        raise UserError(f"{path} is no record of a trial; move it and the folder of its name away, and it runs again")
+        raise UserError(
+            f"{path} is no record of a trial; move it and the folder of its name away, and a new trial takes its place"
+        )
     return record
 
 

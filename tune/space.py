@@ -1,6 +1,7 @@
 """From the configured space to Optuna's distributions, and from a trial's values back to configuration keys."""
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,20 @@ def distributions(space: Space) -> "dict[str, BaseDistribution]":
         else:
             low, high = dimension.uniform or dimension.log_uniform
             found[name] = FloatDistribution(low, high, log=dimension.log_uniform is not None)
+    return found
+
+
+def drawn(space: Space, generator: random.Random) -> Values:
+    """Values at random."""
+    found: Values = {}
+    for name, dimension in space.items():
+        options = dimension.choice or list(dimension.settings or ())
+        if options:
+            found[name] = generator.choice(options)
+        elif dimension.uniform is not None:
+            found[name] = generator.uniform(*dimension.uniform)
+        else:
+            found[name] = math.exp(generator.uniform(*map(math.log, dimension.log_uniform)))
     return found
 
 

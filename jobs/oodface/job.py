@@ -89,8 +89,13 @@ def ask(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, com
         runs.claim(run, fresh)
     with runs.exclusively(run.folder):
         found = _catalogue(run)
-        if (content := _finished(run, found)) is not None and content["models"] == run.versions:
+        answers = run.folder / "answers"
+        wanted = pair_question.folders(answers, config.oodface.ask)
+        names = {model: place.name for model, place in wanted.items()}
+        if (content := _finished(run, found)) is not None and content["answers"] == names:
             return _told(run, content, report.asked)
+        # MLflow keeps what a step has: figures of other answers are a later step's
+        asked = 0 if content is None else content["asked"] + 1
         rows, pairs = _compared(run, found)
         images = run.folder / IMAGES
         with session.connected(config), _tracked(run) as tracker:
@@ -98,12 +103,12 @@ def ask(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, com
             lost = {one["image_id"] for one in content["lost"]}
             pairs = protocols.present(pairs, {*pairs.images()} - lost, "drop")
             with run.phase("questions"):
-                folder, dials = run.folder / "answers", config.oodface
-                answers = pair_question.ask(folder, images, manifest.digest, pairs, run.conditions, dials.ask)
-                scored = pair_question.score(answers, pairs, run.conditions, dials)
+                dials = config.oodface
+                files = pair_question.ask(wanted, images, manifest.digest, pairs, run.conditions, dials.ask)
+                scored = pair_question.score(files, pairs, run.conditions, dials)
             content = _provenance(run, found, tracker) | content | scored | {"pairs_dropped": pairs.dropped}
-            content["seconds"] = run.state["seconds"]
-            _track(tracker, scored["metrics"])
+            content |= {"seconds": run.state["seconds"], "answers": names, "asked": asked}
+            _track(tracker, scored["metrics"], asked)
             _keep(run, tracker, content, [*report.plots(content, run.folder), *report.pictures(run, found, content)])
     return _told(run, content, report.asked)
 
@@ -250,9 +255,9 @@ def _keep(run: Run, tracker: Tracker, content: dict[str, Any], pictures: Sequenc
     tracker.artifact(write_json(content, run.folder / "report.json"))
 
 
-def _track(tracker: Tracker, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+def _track(tracker: Tracker, metrics: Mapping[str, Mapping[str, Any]], step: int = 0) -> None:
     for name, found in metrics.items():
-        tracker.metrics({f"{name}/{key}": one["value"] for key, one in found.items()}, 0, "evaluation")
+        tracker.metrics({f"{name}/{key}": one["value"] for key, one in found.items()}, step, "evaluation")
 
 
 def _told(run: Run, content: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> Path:

@@ -29,8 +29,14 @@ SUFFIX = "png"
 KEPT = 2000  # characters of an answer, of its end
 A_SHARD = 100  # pairs that are asked between two looks at the disk, and asked again where a run is stopped among them
 ATTEMPTS = 3
-_OPENING = re.compile(r"\W*(yes|no)(?:\W*(?:[.,;:!)\n\u2014-]|$)|\s+(?:they|these|those|it|both|the|this|that)\b)")
-_ENDING = re.compile(r"(?:\b(?:answer|is)|:)\W+(yes|no)\W*$")
+_OPENING = re.compile(
+    r"\W*(?:answer\W+)?(yes|no)"
+    r"(?:\W*(?:[.,;:!)\n\u2013\u2014]|\s-\s|$)|\s+(?:they|these|those|it|both|the|this|that)\b)"
+)
+_REFUSAL = re.compile(
+    r"\W*(?:(?:sorry|but)\W+)*i(?:\W?m| am)?\s+(?:sorry|afraid|unable|not able|can\W?t|cannot|can not|won\W?t)\b"
+)
+_ENDING = re.compile(r"(?:\b(?:answer|conclusion|verdict)(?:\s+is)?|:)\W+(yes|no)\W*$")
 
 SCHEMA = pa.schema(
     {
@@ -66,12 +72,17 @@ def clients(dials: Ask) -> dict[str, chat.Chat]:
 
 
 def ask(
-    folder: Path, images: Path, digest_of_images: str, pairs: Pairs, conditions: Sequence[Condition], dials: Ask
+    places: Mapping[str, Path],
+    images: Path,
+    digest_of_images: str,
+    pairs: Pairs,
+    conditions: Sequence[Condition],
+    dials: Ask,
 ) -> dict[str, list[Path]]:
     """Asks every model about every pair under every condition; answers that are there already are not asked again.
 
     Args:
-        folder: of the answers, a data set a model (`answers_folder`).
+        places: of the answers, a data set a model (`folders`).
         images: holds SCENARIO/SEVERITY/IMAGE_ID.png.
         digest_of_images: what these are; others want other answers.
 
@@ -80,7 +91,7 @@ def ask(
     """
     found = {}
     for (name, client), endpoint in zip(clients(dials).items(), dials.endpoints, strict=True):
-        place = answers_folder(folder, endpoint, dials.question)
+        place = places[name]
         configuration = {
             "model": name,
             "images": digest_of_images,
@@ -97,11 +108,11 @@ def ask(
             if index in done:
                 continue
             part = _part(pairs, start)
-            places = [
+            shown = [
                 [images / scenario / str(severity) / f"{image_id}.{SUFFIX}" for image_id in both]
                 for both in zip(part.image_a, part.image_b, strict=True)
             ]
-            table = _table(name, scenario, severity, part, client.each(places, partial(_asked, dials.question, name)))
+            table = _table(name, scenario, severity, part, client.each(shown, partial(_asked, dials.question, name)))
             unanswered = table["answer"].null_count
             datasets.write_shard(place, index, table, {"unanswered": unanswered})
             told = f", {unanswered} unanswered" if unanswered else ""
@@ -110,9 +121,11 @@ def ask(
     return found
 
 
-def answers_folder(folder: Path, endpoint: chat.ChatSettings, question: str) -> Path:
-    """Where a model's answers are kept: they follow from model, endpoint, question and the longest answer."""
-    return folder / digest([endpoint.model, endpoint.base_url, endpoint.max_tokens, question])
+def folders(folder: Path, dials: Ask) -> dict[str, Path]:
+    """Where each model's answers are kept: they follow from model, endpoint, question and the longest answer."""
+    return {
+        one.model: folder / digest([one.model, one.base_url, one.max_tokens, dials.question]) for one in dials.endpoints
+    }
 
 
 def score(
@@ -142,7 +155,10 @@ def parsed(text: str) -> bool | None:
     answer = text.lower().rpartition("</think>")[2].strip()
     if "<think>" in answer:
         return None
-    found = _OPENING.match(answer) or _ENDING.search(answer)
+    found = _OPENING.match(answer)
+    if found and _REFUSAL.match(answer, found.end()):  # "No, I can't compare faces."
+        return None
+    found = found or _ENDING.search(answer)
     return found[1] == "yes" if found else None
 
 

@@ -217,7 +217,7 @@ def show(content: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 130)
     console.print(tradeoff.table(content))
     for sentence in (*tradeoff.verdicts(content), *(f"{n} failed: {why}" for n, why in content["failures"].items())):
-        console.print(sentence, soft_wrap=True, highlight=False)
+        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
 
 
 def _ask_gold(run: job.Run, gold: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from cluster.errors import UserError
 from jobs.rule.rows import Row, Text, load_rows
 
 DEMO = Path(__file__).parent / "demo"
+DEMO_NAME = "demo"  # of it, in `rule.data`
 PROBE_FILES = {
     "forget_fb": "forget_level1.json",
     "forget_qa": "forget_level2.json",
@@ -137,7 +138,7 @@ def data_folder(source: str) -> Path | None:
     """
     if source.startswith("hub:"):
         return None
-    folder = DEMO if source == "demo" else Path(source).expanduser()
+    folder = DEMO if source == DEMO_NAME else Path(source).expanduser()
     if not folder.is_dir():
         raise UserError(f"rule.data = {source} is no folder that this machine sees; name one, or 'demo'")
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import httpx
 
 _MAX_RESPONSE_BYTES = 2**20
-_RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_RETRIED_STATUS = frozenset({408, 409, 425, 429})  # and whatever a server says of itself, from 500 on
 _FIRST_BACKOFF_S = 0.5
 _EXCERPT = 200  # characters of a refusal that are told
 _FILTERED = re.compile(r"content.?(filter|policy|management)|safety|moderation", re.IGNORECASE)
@@ -63,7 +64,7 @@ class Chat:
         role: what messages call the endpoint, as "the judge".
         sleep: of waits between attempts; the default ends early once another item has failed.
         clock: that the deadlines are measured by, seconds.
-    Raises: UserError where `token_env` names an unset variable.
+    Raises: UserError where `token_env` names an unset variable, or `base_url` is no address.
     """
 
     def __init__(
@@ -73,11 +74,18 @@ class Chat:
         sleep: Callable[[float], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        import httpx
+
         self._settings = settings
         self._url = f"{settings.base_url.rstrip('/')}/chat/completions"
         self._who = f"{role[:1].upper()}{role[1:]} at {self._url}"
         self._sleep = sleep
         self._clock = clock
+        try:
+            host = httpx.URL(self._url).host
+        except httpx.InvalidURL as error:
+            raise UserError(f"The base_url of {role}, {settings.base_url}, is no address ({error}).") from None
+        self._proxied = host != "localhost" and not _is_loopback(host)
         self._headers = {}
         if settings.token_env is not None:
             token = os.environ.get(settings.token_env)
@@ -102,7 +110,8 @@ class Chat:
 
         stop = threading.Event()
         with (
-            httpx.Client(headers=self._headers) as client,
+            # Loopback never goes through the proxy that the environment may name.
+            httpx.Client(headers=self._headers, trust_env=self._proxied) as client,
             ThreadPoolExecutor(self._settings.concurrency) as pool,
         ):
 
@@ -144,11 +153,11 @@ class Chat:
                     return _text_of(content)
                 if status == 400 and _FILTERED.search(content.decode(errors="replace")):
                     return ""
-                if status not in _RETRIED_STATUS:
+                if status not in _RETRIED_STATUS and status < 500:
                     raise UserError(self._refusal(status, content))
                 trouble = f"the last answer was HTTP {status}"
                 pause = retry_after_s(headers.get("Retry-After"), datetime.now(UTC))
-            if pause is None:
+            if not pause:  # a moment in the past is no invitation to hammer
                 pause, backoff = backoff, 2 * backoff
             if self._clock() + pause >= deadline:
                 raise JobFailure(f"{self._who} gave no answer within {self._settings.deadline_s:g} s: {trouble}.")
@@ -179,9 +188,10 @@ class Chat:
         if status in (401, 403):
             named = self._settings.token_env or "token_env, which is not configured"
             return f"{self._who} refused the token (HTTP {status}); correct the one in {named}."
-        said = " ".join(content.decode(errors="replace").split())[:_EXCERPT]
+        said = content.decode(errors="replace")
         for secret in self._headers.values():
             said = said.replace(secret.removeprefix("Bearer "), "***")
+        said = " ".join(said.split())[:_EXCERPT]
         return (
             f"{self._who} refused the request for model {self._settings.model} (HTTP {status}"
             f"{f': {said}' if said else ''}); correct base_url or model."
@@ -201,6 +211,13 @@ def retry_after_s(header: str | None, now: datetime) -> float | None:
     # A date in "-0000" is in UTC but comes back without a zone.
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return max(0.0, (moment - now).total_seconds())
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _text_of(body: bytes | bytearray) -> str | None:

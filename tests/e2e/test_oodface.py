@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -187,6 +188,19 @@ def test_a_model_behind_an_endpoint_is_asked_about_every_pair_once(storage, face
         asked = len(endpoint.requests)
         printed = finish(oodface(storage, faces, "ask", "asked", **changes))
         assert len(endpoint.requests) == asked == PEOPLE * 3 * 2 * (1 + 3)
+        # a longer answer may be another answer
+        longer = {"ask.endpoints": f"[{{base_url: {endpoint.base_url}, model: eyes, max_tokens: 400}}]"}
+        endpoint.answer = lambda body: (200, {}, completion("Yes."))
+        finish(oodface(storage, faces, "ask", "asked", **changes | longer))
+        assert len(endpoint.requests) == 2 * asked
+        again = json.loads((storage / "asked" / "report.json").read_text())
+        assert again["metrics"]["eyes"]["answer/acc/clean"]["value"] == 0.5
+        client = mlflow.MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+        history = client.get_metric_history(again["mlflow"]["run_id"], "evaluation/eyes/answer/acc/clean")
+        assert [(one.step, one.value) for one in history][1:] == [(1, 0.5)]
+        endpoint.answer = by_colour
+        finish(oodface(storage, faces, "ask", "asked", **changes))
+        assert len(endpoint.requests) == 2 * asked
     assert "eyes answered 100% of the clean pairs" in printed
     report = json.loads((storage / "asked" / "report.json").read_text())
     assert report["models"] == {"eyes": endpoint.base_url}

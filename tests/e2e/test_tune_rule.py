@@ -104,21 +104,25 @@ def test_what_falls_behind_is_ended_early(report):
     assert all(trial["values"]["rule.rebo.learning_rate"] == 1e-8 for trial in stopped)
     assert report["trials"][0]["looks"][-1]["step"] == 8
     assert report["steps"]["saved"] > 0
-    for number, found in report["metrics"].items():
-        looks = report["trials"][int(number)]["looks"]
-        assert not found or found["forgotten"]["value"] == pytest.approx(looks[-1]["forgotten"])
+    for name, found in report["metrics"].items():
+        number, _, step = name.partition("@")
+        by_step = {str(look["step"]): look for look in report["trials"][int(number)]["looks"]}
+        step = step or max(by_step, key=int, default="")
+        assert not found or found["forgotten"]["value"] == pytest.approx(by_step[step]["forgotten"])
 
 
 def test_the_best_configuration_is_a_file_that_a_run_takes(searched, report):
     folder, _, _ = searched
     assert report["hypervolume"]["all"] >= report["hypervolume"]["configuration_as_it_is"] > 0.3
     best = yaml.safe_load((folder / "best.yaml").read_text())
-    values = report["trials"][report["best"]]["values"]
+    values = report["trials"][report["best"]["trial"]]["values"]
     assert best["rule"]["rebo"]["learning_rate"] == values.get("rule.rebo.learning_rate", 3e-4)
+    assert best["rule"]["rebo"]["steps"] == report["best"]["step"]
     command = [sys.executable, "-m", "jobs.rule", "run", "--config", str(folder / "best.yaml"), "--dry-run"]
     shown = subprocess.run(command, cwd=commands.ROOT, capture_output=True, text=True, check=True)
     assert "Fits:" in shown.stdout
-    assert {int(path.stem) for path in (folder / "front").glob("*.yaml")} == set(report["front"])
+    names = {f"{place['trial']:03d}-at-{place['step']:03d}.yaml" for place in report["front"]}
+    assert {path.name for path in (folder / "front").iterdir()} == names
 
 
 def test_trials_share_stage_one_and_leave_no_weights(searched):

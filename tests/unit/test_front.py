@@ -19,7 +19,7 @@ def test_by_hand():
     points = [(0.2, 0.9), (0.5, 0.8), (0.5, 0.6), (0.9, 0.1), (0.5, 0.8)]
     assert nondominated(points) == [0, 1, 3]
     assert hypervolume(points) == pytest.approx(0.2 * 0.9 + 0.3 * 0.8 + 0.4 * 0.1)
-    assert hypervolumes(points[:2]) == pytest.approx([0.18, 0.42])
+    assert hypervolumes([points[:1], points[1:2]]) == pytest.approx([0.18, 0.42])
     assert hypervolume([(1, 1, 0.5), (0.5, 0.5, 1)]) == pytest.approx(0.5 + 0.5 * 0.25)
     assert hypervolume([]) == hypervolume([(0.5, 0.0)]) == hypervolume([(0.5, -1.0)]) == 0
 

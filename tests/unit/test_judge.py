@@ -33,7 +33,7 @@ def waits() -> list[float]:
 @pytest.fixture
 def make_judge(endpoint, waits):
     def make(**dials) -> Judge:
-        return Judge(ChatSettings(base_url=endpoint.base_url, model="judge-1", **dials), sleep=waits.append)
+        return Judge(ChatSettings(**{"base_url": endpoint.base_url, "model": "judge-1"} | dials), sleep=waits.append)
 
     return make
 
@@ -74,6 +74,34 @@ def test_server_errors_are_retried_with_growing_waits(endpoint, make_judge, wait
     endpoint.replies = [(503, {}, ""), (500, {}, ""), (503, {"Retry-After": "3"}, ""), (200, {}, completion(GOOD))]
     make_judge().score(["x"], NAMES)
     assert waits == [0.5, 1.0, 3.0]
+
+
+def test_a_moment_in_the_past_is_no_invitation_to_hammer(endpoint, make_judge, waits):
+    endpoint.replies = [(429, {"Retry-After": "0"}, ""), (529, {}, ""), (200, {}, completion(GOOD))]
+    make_judge().score(["x"], NAMES)
+    assert waits == [0.5, 1.0]
+
+
+def test_loopback_does_not_go_through_a_proxy(endpoint, make_judge, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    endpoint.replies = [(200, {}, completion(GOOD))]
+    assert make_judge(deadline_s=2).score(["x"], NAMES)
+
+
+def test_an_address_that_is_none_is_told(make_judge):
+    with pytest.raises(UserError, match=r"The base_url of the judge, http://\[::1/v1, is no address"):
+        make_judge(base_url="http://[::1/v1")
+
+
+def test_a_cut_excerpt_shows_no_part_of_the_token(endpoint, make_judge, monkeypatch):
+    monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
+    endpoint.replies = [(404, {}, "x" * 190 + TOKEN)]
+    with pytest.raises(UserError) as caught:
+        make_judge(token_env="JUDGE_TOKEN").score(["x"], NAMES)
+    assert TOKEN[:10] not in str(caught.value)
 
 
 def test_a_wait_beyond_the_deadline_fails_at_once(endpoint, make_judge, waits):

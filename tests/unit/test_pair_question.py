@@ -66,7 +66,8 @@ def by_shade(body: dict):
 
 
 def asked(folder, images, pairs, dials):
-    answers = pair_question.ask(folder, images, "of this test", pairs, CONDITIONS, dials.ask)
+    places = pair_question.folders(folder, dials.ask)
+    answers = pair_question.ask(places, images, "of this test", pairs, CONDITIONS, dials.ask)
     return pair_question.score(answers, pairs, CONDITIONS, dials)
 
 
@@ -174,6 +175,14 @@ def test_endpoints_are_checked_before_anything_is_made(monkeypatch):
         ("I'm sorry, I can't compare people in pictures.", None),
         ("I can't help with that. There is no reliable way for me to tell.", None),
         ("I cannot say yes.", None),
+        ("No, I can't identify people from photographs.", None),
+        ("No. I'm unable to compare faces.", None),
+        ("No, sorry, I am not able to.", None),
+        ("No-one can tell.", None),
+        ("The second man has a beard. In the first there is no", None),
+        ("No \u2013 they differ.", False),
+        ("Answer: Yes, they look alike.", True),
+        ("Yes, I can see the same scar.", True),
         ("No doubt, these are the same person.", None),
         ("Yes and no.", None),
         ("It could be yes or no.", None),

@@ -256,6 +256,7 @@ def test_the_schedule_walks_each_side_evenly_and_keeps_the_proportion(forget, bo
     chosen = schedule(items, steps, prompts, seed)
     assert len(chosen) == steps * prompts
     assert chosen == schedule(items, steps, prompts, seed)
+    assert chosen == schedule(items, steps + 3, prompts, seed)[: len(chosen)]  # so a search takes looks for trainings
     share = forget / len(items)
     for position in range(len(chosen) + 1):
         assert abs(sum(index < forget for index in chosen[:position]) - position * share) < 1 + 1e-6

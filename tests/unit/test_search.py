@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import cloudpickle
 import pytest
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
@@ -13,7 +14,7 @@ from cluster.errors import UserError
 from tune import report
 from tune.config import Dimension, Search
 from tune.halving import Halving, Rungs, ranked
-from tune.search import COMPLETE, FAILED, RUNNING, STOPPED, Keeper, Plan, Proposals, Record, recorded
+from tune.search import COMPLETE, FAILED, RUNNING, STOPPED, Keeper, Plan, Proposals, Record, recorded, search
 
 OBJECTIVES = ("forgotten", "retained")
 LOW, HIGH = {"x": 0.1, "y": "a"}, {"x": 0.9, "y": "b"}
@@ -103,6 +104,38 @@ def test_nothing_is_tried_twice(plan):
     found = sorted((values["x"], values["y"]) for values in drawn)
     assert found == [(1, "b"), (2, "a"), (2, "b")]
     assert proposals.suggest("one too many")["values"] in [{"x": 1, "y": "a"}, *drawn]
+
+
+def test_nothing_is_tried_twice_once_the_space_has_a_model(plan):
+    few = replace(plan.plan, space={"x": Dimension(choice=[1, 2, 3, 4]), "y": Dimension(choice=["a", "b", "c"])})
+    proposals = Proposals(few, [Record(0, {}, COMPLETE, looks(0.5))], [])
+    drawn = []
+    for index in range(12):
+        drawn.append(proposals.suggest(str(index))["values"])
+        best = drawn[-1] == {"x": 2, "y": "b"}
+        proposals.on_trial_complete(str(index), {"forgotten": 0.9 if best else 0.1, "retained": 0.9 if best else 0.1})
+    assert len({tuple(values.values()) for values in drawn}) == 12
+
+
+def test_a_failed_trial_is_no_success_after_a_resume(plan):
+    proposals = Proposals(plan.plan, [Record(1, HIGH, FAILED, looks(0.9)), Record(2, LOW, STOPPED, looks(0.1))], [])
+    assert [done.params for done in proposals._ot_study.trials] == [LOW]
+
+
+def test_no_secret_is_written_with_a_search(plan, monkeypatch):
+    kept, marker = [], "a-token-that-nobody-may-see"
+    # on a cluster it holds a reference only
+    monkeypatch.setattr("tune.search.tune.with_parameters", lambda trainable, **parameters: trainable)
+    monkeypatch.setattr("tune.search.tune.Tuner", lambda trainable, **told: kept.append((trainable, told)) or Nothing())
+    search(plan.plan, {"TOKEN": marker})
+    [(trainable, told)] = kept
+    written = cloudpickle.dumps([trainable, told["tune_config"].search_alg, told["tune_config"].scheduler])
+    assert marker.encode() not in written
+
+
+class Nothing:
+    def fit(self) -> None:
+        pass
 
 
 def halving(*earlier: Record) -> Halving:
@@ -222,12 +255,13 @@ def records():
 
 def test_the_report_counts_what_was_looked_at(plan, records):
     content = report.summary(plan.plan, records)
-    assert content["front"] == [6]
-    assert content["best"] == 6
+    assert content["front"] == [{"trial": 6, "step": 8}]
+    assert content["best"] == {"trial": 6, "step": 8}
     assert content["failures"] == {"7": "why"}
     assert content["hypervolume"]["all"] == pytest.approx(0.45)
     assert content["hypervolume"]["configuration_as_it_is"] == pytest.approx(0.2)
-    assert content["hypervolume"]["by_trial"][-1] == content["hypervolume"]["all"]
+    assert content["hypervolume"]["path_of_configuration_as_it_is"] == pytest.approx(0.2)
+    assert content["hypervolume"]["by_trial"] == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.2, 0.25, 0.45])
     assert content["steps"] == {"trained": 26, "planned": 56, "saved": pytest.approx(30 / 56)}
     assert set(content["importance"]) == {"x", "y"}
     assert sum(content["importance"].values()) == pytest.approx(1)
@@ -239,18 +273,36 @@ def test_few_trials_and_equal_ones_tell_no_importance(plan, records):
     assert report.summary(plan.plan, equal)["importance"] == {}
 
 
-def test_points_are_compared_at_equal_steps(plan, records):
+def test_every_look_is_a_configuration_of_so_many_steps(plan, records):
     early = Record(8, LOW, STOPPED, [{"step": 2, "forgotten": 0.05, "retained": 1.0}])
+    on_the_way = {"step": 4, "forgotten": 0.3, "retained": 0.9}
+    default = Record(0, {}, COMPLETE, [on_the_way, {"step": 8, "forgotten": 0.9, "retained": 0.6}])
     running = Record(9, LOW, RUNNING, [{"step": 2, "forgotten": 1.0, "retained": 1.0}])
-    content = report.summary(plan.plan, [*records, early, running])
-    assert content["front"] == [6]
-    nothing = report.summary(plan.plan, [early, running])
+    content = report.summary(plan.plan, [default, *records[1:], early, running])
+    front = [{"trial": 0, "step": 4}, {"trial": 0, "step": 8}, {"trial": 8, "step": 2}]
+    assert (content["front"], content["best"]) == (front, front[1])
+    volume = content["hypervolume"]
+    assert volume["configuration_as_it_is"] == pytest.approx(0.54)
+    assert volume["path_of_configuration_as_it_is"] == pytest.approx(0.54 + 0.3 * 0.3)
+    assert volume["all"] == pytest.approx(0.54 + 0.3 * 0.3 + 0.05 * 0.1)
+    two_updates_a_step = replace(plan.plan, updates_per_step=4)
+    assert report.summary(two_updates_a_step, [default, early])["front"] == front[:2]
+
+
+def test_without_the_configuration_as_it_is_no_figure_stands_for_it(plan, records):
+    content = report.summary(plan.plan, [Record(0, {}, FAILED, message="why"), *records[1:]]) | {"metrics": {}}
+    assert content["hypervolume"]["configuration_as_it_is"] is None
+    console = Console(width=140, record=True)
+    console.print(report.table(content))
+    assert "of trial 0 there is none" in console.export_text()
+    assert not report.figure(content).axes[1].lines[1:]
+    nothing = report.summary(plan.plan, [Record(9, LOW, RUNNING, looks(0.3))])
     assert (nothing["best"], nothing["front"], nothing["hypervolume"]["all"]) == (None, [], 0)
 
 
 def test_table_and_figure_show_every_trial(plan, records):
     content = report.summary(plan.plan, records) | {
-        "metrics": {"6": {"forgotten": {"value": 0.9, "ci95": [0.8, 1.0], "n": 5, "seed": 0}}}
+        "metrics": {"6@8": {"forgotten": {"value": 0.9, "ci95": [0.8, 1.0], "n": 5, "seed": 0}}}
     }
     console = Console(width=140, record=True)
     console.print(report.table(content))
