@@ -73,6 +73,7 @@ def importance(plan: Plan, looked: Sequence[Record]) -> dict[str, float]:
     if len(drawn) < IMPORTANCE_FROM or len({value for _, value in drawn}) == 1:
         return {}
     space = distributions(plan.space)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
     for record, value in drawn:
         study.add_trial(optuna.trial.create_trial(value=value, params=record.values, distributions=space))
@@ -151,7 +152,7 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     if content["hypervolume"]["configuration_as_it_is"] is not None:
         volume.axhline(content["hypervolume"]["configuration_as_it_is"], color="#777777", linestyle="--", linewidth=1)
     volume.set_xlabel("trials that were looked at")
-    volume.set_ylabel("hypervolume (dashed: the configuration as it is)")
+    volume.set_ylabel("hypervolume (dashed: end of trial 0)")
     volume.set_ylim(0, 1.03)
     shares = list(content["importance"].items())[::-1]
     bars.barh([name.removeprefix("rule.") for name, _ in shares], [share for _, share in shares], color="#1F77B4")
@@ -181,7 +182,7 @@ def _scatter(axes: "Axes", content: Mapping[str, Any]) -> None:
     front = [looks[place["trial"], place["step"]] for place in content["front"]]
     rings = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
     axes.plot([look[first] for look in front], [look[second] for look in front], color=FRONT_COLOUR, **rings)
-    axes.set_xlabel(f"{first} (rings: front, grey: ended early, square: the configuration as it is)")
+    axes.set_xlabel(f"{first} (rings: front; grey: ended early; square: trial 0)")
     axes.set_ylabel(second)
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
