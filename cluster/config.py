@@ -9,7 +9,7 @@ import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,6 +33,7 @@ class Cluster(Section):
     address: str | None = None
     num_cpus: int | None = Field(default=None, ge=1, le=10_000)
     storage: str = "results"
+    spark_master: Annotated[str, Field(pattern=r"^(spark://|k8s://|yarn$|local-cluster\[)")] | None = None
 
 
 class Lora(Section):

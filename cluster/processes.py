@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+LISTENER_DEADLINE_S = 10.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -50,6 +51,18 @@ def leave_on_sigterm() -> None:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))
+
+
+def silence_of(address: str) -> str | None:
+    """Why nothing answers at HOST:PORT; None where something listens, and where the address names no port."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isdecimal()):
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENER_DEADLINE_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        return str(error)
+    return None
 
 
 def free_port() -> int:

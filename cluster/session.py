@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,6 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-LISTENER_DEADLINE_S = 10.0
 CONTROL_PORT = "RAY_GCS_SERVER_PORT"
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYWARD_CACHE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
 
@@ -146,16 +144,12 @@ def _address(config: Config) -> str | None:
 
 def _require_listener(address: str) -> None:
     """Ray itself would try a dead address for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not (colon and port.isdecimal()):
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENER_DEADLINE_S).close()
-    except (OSError, OverflowError, UnicodeError) as error:
+    why = processes.silence_of(address.removeprefix("ray://"))
+    if why is not None:
         raise UserError(
-            f"no Ray cluster answers at {address} ({error}); start one with `make up`, or mend cluster.address "
-            "or RAY_ADDRESS"
-        ) from None
+            f"no Ray cluster answers at {address} ({why}); start one with `make up`, or mend cluster.address or "
+            "RAY_ADDRESS"
+        )
 
 
 def storage(config: Config) -> Path:

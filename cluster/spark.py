@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster import datasets, doctor
+from cluster import datasets, doctor, processes
 from cluster.errors import JobFailure, UserError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def session(name: str, cores: int, master: str | None = None) -> Iterator[SparkS
             installed; None is this machine.
 
     Raises:
-        UserError: no Java that Spark runs on, or another session is open in this process.
+        UserError: no Java that Spark runs on, no cluster at `master`, or another session is open in this process.
         JobFailure: a Spark job in the block failed; told by its root cause. Errors of this project that were raised
             in Spark's workers come back as they are.
     """
@@ -73,6 +73,13 @@ def session(name: str, cores: int, master: str | None = None) -> Iterator[SparkS
             f"Spark needs Java 17 or 21, and here is {java.found}; install Java 17 (on Debian and Ubuntu: apt install "
             "openjdk-17-jre-headless), or set JAVA_HOME to where one is"
         )
+    if master is not None and master.startswith("spark://"):
+        # Spark itself would try for a minute, and not say why
+        silent = [processes.silence_of(address) for address in master.removeprefix("spark://").split(",")]
+        if all(silent):
+            raise UserError(
+                f"no Spark answers at cluster.spark_master = {master} ({silent[0]}); start it, or mend the key"
+            )
     with ExitStack() as stack:
         # pyspark says at every import that it was not tried with this pandas
         stack.enter_context(warnings.catch_warnings())

@@ -120,7 +120,8 @@ def _catalogue(run: Run) -> catalogue.Catalogue:
     with run.phase("catalogue"), runs.exclusively(folder, wait_s=3600):
         print(f"catalogue of {dials.images}: {folder}", flush=True)
         cores = min(os.cpu_count() or 1, run.config.workers.number * run.config.workers.cpus)
-        found = catalogue.build(dials.layout, dials.images, folder, dials.near_duplicates, cores)
+        master = run.config.cluster.spark_master
+        found = catalogue.build(dials.layout, dials.images, folder, dials.near_duplicates, cores, master)
     for line in catalogue_lines(found.summary):
         print(line, flush=True)
     return found

@@ -285,6 +285,33 @@ def test_a_catalogue_of_every_kind_of_image(build, faces, tmp_path):
     assert not (made.folder / "_work").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_workers_of_a_cluster_make_the_same_catalogue(build, faces, tmp_path):
+    here = rows_of(build("folder", str(faces), tmp_path / "catalogue"))
+    arguments = ["folder", str(faces), str(tmp_path / "cluster"), "local-cluster[1,1,1024]"]
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom jobs.oodface import catalogue\n"
+        "layout, location, folder, master = sys.argv[1:]\n"
+        "catalogue.build(layout, location, Path(folder), cores=1, master=master)"
+    )
+    subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, check=True, timeout=240)
+    manifest = datasets.verify(tmp_path / "cluster")
+    there = {
+        Path(row["path"]).relative_to(faces).as_posix(): row
+        for row in pq.read_table(manifest.files(tmp_path / "cluster")).to_pylist()
+    }
+    assert there == here
+
+
+def test_a_spark_that_does_not_answer_is_told_at_once():
+    with (
+        pytest.raises(UserError, match=r"no Spark answers at cluster\.spark_master = spark://127\.0\.0\.1:9 \("),
+        spark.session("x", 1, "spark://127.0.0.1:9"),
+    ):
+        pass
+
+
 def test_a_finished_catalogue_is_kept_until_an_image_changes(build, faces, tmp_path, monkeypatch):
     first = build("folder", str(faces), tmp_path / "catalogue")
     with monkeypatch.context() as patch:
