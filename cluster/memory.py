@@ -165,17 +165,25 @@ class MemoryPlan:
 class Pass:
     """The largest forward and backward pass: its tokens, how many of them need logits, and the least that they can be.
 
-    `train.tokens_per_row` bounds it.
+    `train.tokens_per_row` bounds it, where `settings` does not say what does: as "KEY=VALUE", and the tokens with it.
     """
 
     tokens: int
     kept: int
     smallest: int = 16
+    settings: tuple[tuple[str, int], ...] | None = None
 
-    def shrunk(self) -> "Pass":
-        """Half as large."""
-        tokens = max(self.smallest, self.tokens // 2)
-        return replace(self, tokens=tokens, kept=math.ceil(self.kept * tokens / self.tokens))
+    def smaller(self) -> "Iterator[tuple[str, Pass]]":
+        """Smaller passes, the largest first, with the setting that makes them so."""
+        settings = self.settings
+        if settings is None:
+            tokens, halves = self.tokens, []
+            while tokens > self.smallest:
+                tokens = max(self.smallest, tokens // 2)
+                halves.append((f"train.tokens_per_row={tokens}", tokens))
+            settings = halves
+        for setting, tokens in settings:
+            yield setting, replace(self, tokens=tokens, kept=math.ceil(self.kept * tokens / self.tokens))
 
 
 @dataclass(frozen=True)
@@ -218,10 +226,8 @@ def memory_plan(
 
 def _changes(train: Train, generation: Generation, largest: Pass) -> Iterator[tuple[str, Train, Generation, Pass]]:
     """Changes of one setting, the least harmful first."""
-    smaller = largest
-    while smaller.tokens > largest.smallest:
-        smaller = smaller.shrunk()
-        yield f"set train.tokens_per_row={smaller.tokens}", train, generation, smaller
+    for setting, smaller in largest.smaller():
+        yield f"set {setting}", train, generation, smaller
     if not train.activation_checkpointing:
         changed = train.model_copy(update={"activation_checkpointing": True})
         yield "set train.activation_checkpointing=true", changed, generation, largest

@@ -77,6 +77,17 @@ def resolve(
     return _from_hub(name, revision, check, key)
 
 
+def resolve_directory(directory: Path, option: str) -> ModelSource:
+    """The model in a directory that `option` of the command line names.
+
+    Raises:
+        UserError: there is no such directory, or no whole model in it.
+    """
+    if not directory.expanduser().is_dir():
+        raise UserError(f"{option} {directory} is no directory; name the folder of a model")
+    return resolve(str(directory))
+
+
 def check_directory(directory: Path, auto: str = CAUSAL) -> None:
     """Raises UserError unless transformers' class `auto` makes a whole model of `directory`; no weight is read."""
     require_files(directory)

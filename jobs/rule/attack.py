@@ -78,7 +78,9 @@ def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fres
         )
     with paths_named():
         folder = data_folder(rule.data)
-        sources = {name: in_form(rule, models.resolve(str(place)), folder) for name, place in named.items()}
+        sources = {
+            name: in_form(rule, models.resolve_directory(place, "--model"), folder) for name, place in named.items()
+        }
         pinned = digest([[name, source.version] for name, source in sources.items()])
         run = job.prepare(config, out, command, what=f"attack-{pinned[:6]}")
         longest = [replace(probe, query=LONGEST(probe.query)) for probe in run.data.probes if probe.kind in KINDS]

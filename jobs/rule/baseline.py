@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from cluster import training
 from cluster.config import Generation, Train
-from cluster.errors import Diverged
+from cluster.errors import Diverged, UserError
 from cluster.generation import policy_engine
 from cluster.models import chat_ids, load_model, load_tokenizer
 from jobs.rule import methods
@@ -61,11 +61,14 @@ def unlearn(task: BaselineTask, recorder: training.Recorder) -> None:
     training.prepare_worker(task.train)
     method, settings = methods.find(task.method), task.settings
     tokenizer = load_tokenizer(task.model)
-    original = load_model(task.model)
+    beside = method.needs_original_model and task.train.lora is None  # with LoRA it is the model without its adapters
+    original = load_model(task.model) if beside or method.needs_original else None
     corpora = {
         name: sample_ids(original, tokenizer, samples, settings.max_tokens, method.needs_original, task.train)
         for name, samples in task.corpora.items()
     }
+    if not beside:
+        original = None  # its memory is the training's
     model = training.trainable(load_model(task.model), task.train)
     if method.trains is not None:
         freeze(model, method.trains, settings.rmu_layer)
@@ -94,7 +97,7 @@ def unlearn(task: BaselineTask, recorder: training.Recorder) -> None:
             data_collator=lambda batch: batch,
             callbacks=callbacks,
         )
-        trainer.prepare(method, settings, task.train, original if method.needs_original_model else None, task.seed)
+        trainer.prepare(method, settings, task.train, original, task.seed)
         training.run(trainer, recorder)
         training.save_final(trainer, tokenizer, task.model, task.train, task.output, recorder)
 
@@ -113,7 +116,7 @@ class BaselineTrainer(Trainer):
             seed,
         )
         self.lora = train.lora is not None
-        self.original = None if original is None or self.lora else original.to(self.accelerator.device).eval()
+        self.original = None if original is None else original.to(self.accelerator.device).eval()
 
     def training_step(
         self, model: torch.nn.Module, inputs: Sequence[dict[Corpus, Ids]], num_items_in_batch: Any = None
@@ -163,10 +166,11 @@ class TrainingStep:
         for row, counts in self._rows(corpus):
             total = total.index_add(0, row.sequence, row_logprobs(self.model, row, 1.0) * counts)
         tokens = torch.tensor([float(len(text.completion)) for text in texts], device=device)
+        share = self._share(tokens.sum())
         original = None
         if texts[0].original is not None:
             original = torch.tensor([text.original for text in texts], device=device)
-        return Scored(total, tokens, original)
+        return Scored(total, tokens, original, share)
 
     def divergence(self, corpus: Corpus) -> Tensor:
         """See `Step`."""
@@ -175,7 +179,8 @@ class TrainingStep:
             with self.trainer.as_original(self.model) as original:
                 reference = row_logits(original, row)
             parts.append(kl_divergence(row_logits(self.model, row), reference)[counted(row, counts)])
-        return torch.cat(parts)
+        values = torch.cat(parts)
+        return values * self._share(torch.tensor(float(len(values)), device=values.device))
 
     def activations(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
         """See `Step`."""
@@ -192,6 +197,10 @@ class TrainingStep:
         generator = torch.Generator().manual_seed(self.trainer.direction_seed)
         vector = torch.rand(config.hidden_size, generator=generator)
         return (vector / vector.norm()).to(self.trainer.accelerator.device)
+
+    def _share(self, tokens: Tensor) -> Tensor:
+        """Tokens here over those of a mean worker; gradients are averaged over workers, however long their texts."""
+        return tokens / self.trainer.accelerator.reduce(tokens, reduction="mean")
 
     def _block_output(self, model: torch.nn.Module, row: PackedRow) -> Tensor:
         output = model(
@@ -224,7 +233,7 @@ def counted(row: PackedRow, counts: bool) -> Tensor:
 
 
 def sample_ids(
-    model: "PreTrainedModel",
+    model: "PreTrainedModel | None",
     tokenizer: "PreTrainedTokenizerBase",
     samples: Sequence[Sample],
     max_tokens: int,
@@ -248,7 +257,9 @@ def sample_ids(
     if with_original:
         device = "cuda" if train.gpus_per_worker else "cpu"
         sequences, starts = [prompt + completion for prompt, completion in rows], [len(prompt) for prompt, _ in rows]
-        scores = token_logprobs(model.to(device), sequences, starts, 4 * train.tokens_per_row)
+        # in the precision of the training, so that before its first step nothing differs
+        with torch.autocast(device, torch.bfloat16, enabled=train.precision == "bfloat16"):
+            scores = token_logprobs(model.to(device), sequences, starts, 4 * train.tokens_per_row)
         original = [score.sum().item() for score in scores]
     return [Ids(*row, score) for row, score in zip(rows, original, strict=True)]
 
@@ -271,3 +282,5 @@ def freeze(model: torch.nn.Module, trained: str, last_block: int) -> None:
     wanted = {f"layers.{block}.{trained}" for block in range(max(0, last_block - 2), last_block + 1)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(name.endswith(end) for end in wanted))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"the model has no weights that end in {', '.join(sorted(wanted))}, which the method trains")

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPLITS = ("forget", "retain")
+LONGEST_PROMPT = (
+    8192  # tokens, with the answer; an engine that is opened for 128k would leave no memory for the weights
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def run_benchmarks(
     stop: tuple[str, ...] = (),
 ) -> tuple[dict[str, Metric], list[float]]:
     """Membership inference, utility sets, MUSE and TOFU scores by name; and the truth ratios of TOFU's forget set."""
-    budget, context = settings.max_batch_tokens, context_length(model)
+    budget, context = settings.max_batch_tokens, min(context_length(model), LONGEST_PROMPT)
     metrics: dict[str, Metric] = {}
     if data.membership:
         _tell("membership inference")

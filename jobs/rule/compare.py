@@ -27,6 +27,9 @@ from cluster.errors import JobFailure, UserError, paths_named
 from cluster.report import digest, read_json, write_json
 from jobs.rule import costs, job, methods, stages, tradeoff
 from jobs.rule.config import RuleConfig
+from jobs.rule.data import data_folder
+from jobs.rule.evaluate import Examined, check_lengths, score
+from jobs.rule.in_context import in_form
 
 PROGRESS = re.compile(r"step \d+/\d+|evaluation[ :]|error: ")
 WORKER = re.compile(r"^\x1b\[\d+m\([^)]*\)\x1b\[0m ")  # how Ray begins a line of a worker
@@ -55,9 +58,6 @@ class Entry:
             settings = getattr(rule, part).model_copy(update={"learning_rate": self.learning_rate})
             rule = rule.model_copy(update={part: settings})
         return config.model_copy(update={"rule": rule})
-
-
-GOLD = Entry("gold")
 
 
 def entries(text: str) -> list[Entry]:
@@ -158,10 +158,14 @@ def compare(
             stages.check(prepared)
         identities = [[entry.name, prepared.state["identity"]] for entry, prepared in own.items()]
         if gold is not None:
-            identities.append([GOLD.name, models.resolve(str(gold)).version])
+            pinned = in_form(config.rule, models.resolve_directory(gold, "--gold"), data_folder(config.rule.data))
+            identities.append([tradeoff.GOLD, pinned.version])
+        used = {entry: costs.data_used(prepared) for entry, prepared in own.items()}
         run = job.prepare(config, out, command, what=f"compare-{digest(identities)[:6]}")
         for entry, prepared in own.items():
             prepared.folder = run.folder / "runs" / slug(entry)
+        if gold is not None:
+            check_lengths(pinned.path, job.chosen_probes(run), config.rule.evaluation)
         job.claim(run, fresh)
     run.shared = run.folder / "shared"
     known = read_json(run.folder / "report.json")
@@ -177,7 +181,7 @@ def compare(
         original = job.evaluated(run, "original", run.source.path)
         threshold = config.rule.evaluation.known_threshold
         tradeoff.require_known(original.answers, threshold)
-        failures = _train(run, own) | (_ask_gold(run, gold) if gold is not None else {})
+        failures = _train(run, own)
         finished = [entry for entry in chosen if entry.name not in failures]
         if not finished:
             raise JobFailure(f"no method finished; the first: {next(iter(failures.values()))}")
@@ -188,13 +192,12 @@ def compare(
                 own[entry].folder,
                 threshold,
                 costs.spent(own[entry]),
-                costs.data_used(own[entry]),
+                used[entry],
             )
             for entry in finished
         ]
-        if gold is not None and GOLD.name not in failures:
-            nothing = dict.fromkeys(("forget", "retain"))
-            outcomes.append(tradeoff.outcome(GOLD.name, GOLD.method, _gold_folder(run), threshold, [], nothing))
+        if gold is not None:
+            outcomes.append(_gold_outcome(run, pinned, original))
         content = job.provenance(run, tracker) | _content(own, failures)
         content |= tradeoff.summary(outcomes, config.rule.seed)
         for order, one in enumerate(outcomes):
@@ -220,22 +223,12 @@ def show(content: dict[str, Any]) -> None:
         console.print(sentence, soft_wrap=True, highlight=False, markup=False)
 
 
-def _ask_gold(run: job.Run, gold: Path) -> dict[str, str]:
-    """Asks the gold model unless that is done; returns why it failed, if it did."""
-    import ray
-
-    folder, processes = _gold_folder(run), Processes()
-    config = _settings(GOLD, run, ray.get_runtime_context().gcs_address)
-    try:
-        why = _process(GOLD, config, folder, ["evaluate", "--model", str(gold.resolve())], run.config, processes)
-    except BaseException:
-        processes.end()
-        raise
-    return {} if why is None else {GOLD.name: why}
-
-
-def _gold_folder(run: job.Run) -> Path:
-    return run.folder / "runs" / slug(GOLD)
+def _gold_outcome(run: job.Run, gold: models.ModelSource, original: Examined) -> tradeoff.Outcome:
+    """The gold model asked the same probes as the others."""
+    evaluation, rule = run.config.rule.evaluation, run.config.rule
+    examined = job.evaluated(run, tradeoff.GOLD, gold.path)
+    metrics = score(examined, original.answers, run.data.target, evaluation, run.source.path, rule.seed)
+    return tradeoff.gold_outcome(gold.path, examined.answers, original.answers, evaluation.known_threshold, metrics)
 
 
 def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:

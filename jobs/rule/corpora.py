@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from cluster.errors import UserError
-from jobs.rule.data import DEMO, RuleData
+from jobs.rule.data import DEMO, HELDOUT_FORGET_KINDS, RuleData
 from jobs.rule.rows import Row, Text, load_list, load_rows
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def load_corpora(data: RuleData, method: "Method") -> "dict[Corpus, tuple[Sample
     forget: `positive.json`, passages about the target that the model wrote itself.
     retain: `retain.json`, such passages about others, else the `positive.json` of the folders beside.
     fabricated: `pair.json`, an instruction with an invented and a true answer; the true ones are the forget texts then.
-    refusal: `reject.json`, else the questions of stage 1 with refusals that do not name the target.
+    refusal: `reject.json` without what is held out, else the questions of stage 1; the refusals do not name the target.
 
     Raises:
         UserError: a file is missing or malformed.
@@ -76,7 +76,8 @@ def _retained(folder: Path, method: str) -> tuple[Sample, ...]:
 def _nameless_refusals(data: RuleData) -> tuple[Sample, ...]:
     rows = load_rows(data.folder / "reject.json", _Refused)
     if rows is not None:
-        return tuple(Sample(row.instruction, row.output) for row in rows)
+        kept = {probe.query.casefold() for probe in data.probes if probe.kind in HELDOUT_FORGET_KINDS}
+        return tuple(Sample(row.instruction, row.output) for row in rows if row.instruction.casefold() not in kept)
     wordings = load_list(DEMO / "idk.json")
     return tuple(Sample(row.prompt, wordings[index % len(wordings)]) for index, row in enumerate(data.refusals))
 

@@ -1,5 +1,6 @@
 """What a run cost: tokens that its losses were of, and the share of the forget and retain corpora that it read."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,7 +42,11 @@ def spent(run: "Run") -> list[Spent]:
         for corpus in run.corpora.values()
     )
     batch = 0 if method is None else rule.baseline.batch_size or method.defaults.batch_size
-    step = {"steering": rule.steering.batch_size * refusals, "unlearning": batch * texts}
+    rows = len(next(iter(run.corpora.values()), ()))
+    step = {
+        "steering": _a_step(len(run.data.refusals), rule.steering.batch_size) * refusals,
+        "unlearning": _a_step(rows, batch) * texts,
+    }
     samples = rule.rebo.prompts_per_step * rule.rebo.completions_per_prompt
     steps: list[Spent] = []
     seconds = total = completion = 0.0
@@ -97,6 +102,11 @@ def _corpus(data: RuleData, side: str) -> list[str]:
         return []
     corpora = load_corpora(data, methods.find("GA" if side == "forget" else "GA+GDR"))
     return [sample.completion for sample in corpora[side]]
+
+
+def _a_step(rows: int, batch: int) -> float:
+    """Rows of a mean step: the last one of an epoch may be smaller."""
+    return rows / math.ceil(rows / batch) if rows and batch else 0.0
 
 
 def _mean(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], most: int) -> float:

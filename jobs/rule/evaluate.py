@@ -78,15 +78,17 @@ def examine(task: Examination) -> Examined:
     from cluster.generation import open_engine
     from cluster.models import context_length, load_model, load_tokenizer
     from cluster.training import peak_memory_gib
+    from jobs.rule.benchmarks import LONGEST_PROMPT
     from jobs.rule.naturalness import perplexities
 
     start = time.perf_counter()
     tokenizer = load_tokenizer(task.model)
     prompts = [probe_ids(tokenizer, probe, task.settings.prompt_form) for probe in task.probes]
     max_tokens = max(map(len, prompts)) + task.settings.max_new_tokens
-    if task.benchmarks is not None:
+    if task.benchmarks is not None and task.benchmarks.rows():
         # their demonstrations fill the context
-        max_tokens = max(max_tokens, context_length(AutoConfig.from_pretrained(task.model, local_files_only=True)))
+        context = context_length(AutoConfig.from_pretrained(task.model, local_files_only=True))
+        max_tokens = max(max_tokens, min(context, LONGEST_PROMPT))
     engine = open_engine(task.model, task.generation, task.train, max_tokens, task.seed)
     answers = ask(engine, tokenizer, task.probes, task.settings, task.stop, _progress)
     asked = [index for index, probe in enumerate(task.probes) if probe.kind in FORGET_KINDS]
@@ -98,10 +100,12 @@ def examine(task: Examination) -> Examined:
         return load_model(path, task.train.precision if gpu else "float32").to("cuda" if gpu else "cpu")
 
     original = scoring_model(task.original)
+    # after the question alone, also where the model's own template says more (ICU)
+    asking = load_tokenizer(task.original)
     fluency = perplexities(
         original,
-        tokenizer,
-        [prompts[index] for index in asked],
+        asking,
+        [probe_ids(asking, task.probes[index], task.settings.prompt_form) for index in asked],
         [answers[index].completion for index in asked],
         task.settings.max_batch_tokens,
     )
@@ -145,7 +149,10 @@ def forget_qualities(examined: Mapping[str, Examined], seed: int) -> dict[str, M
 def _kept(
     answers: Sequence[Answer], original: Sequence[Answer], is_known: Sequence[bool], seed: int
 ) -> dict[str, Metric]:
-    """`kept/...`: ROUGE-L recall on known retained probes as a share of the original's, bootstrap over probes."""
+    """`kept/...`: ROUGE-L recall on known retained probes as a share of the original's, bootstrap over probes.
+
+    A probe that is known by entailment alone, of which the original recalled no word, has no such share.
+    """
     import numpy as np
 
     from jobs.scoring.intervals import statistic_interval
@@ -156,7 +163,7 @@ def _kept(
         pairs = [
             (after.rouge_l_recall, before.rouge_l_recall)
             for after, before, knows in zip(answers, original, is_known, strict=True)
-            if knows and after.probe.kind in kinds
+            if knows and after.probe.kind in kinds and before.rouge_l_recall > 0
         ]
         if pairs:
             ratio = statistic_interval(

@@ -49,7 +49,10 @@ def prompted(source: ModelSource, folder: Path | None) -> ModelSource:
             "add the file, or take rule.chat_template=model"
         )
     tokenizer = load_tokenizer(source.path, chat=False)
-    tokenizer.chat_template = template(pairs, tokenizer)
+    wanted = template(pairs, tokenizer)
+    if wanted in (tokenizer.chat_template or ""):  # it was made in this form, and ICU's instruction stands before it
+        return source
+    tokenizer.chat_template = wanted
     version = digest([source.name, source.version, tokenizer.chat_template])
     target = cache_root() / "models" / f"in-context-{version}"
     if not target.exists():

@@ -81,9 +81,10 @@ def main(
         claim(run, fresh)
     run.shared = shared_folder
     finished = run.folder / "report.json"
-    if finished.exists():
+    known = read_json(finished)
+    if known is not None and _judge(known["configuration"]) == _judge(config.model_dump(mode="json")):
         print(f"this run is finished (--fresh starts it over): {run.folder}")
-        show(read_json(finished))
+        show(known)
         return finished
     with exclusively(run.folder), session.connected(config), tracked(run, "rule") as tracker:
         examined = {"original": evaluated(run, "original", run.source.path)}
@@ -110,7 +111,9 @@ def evaluate(
         named = {"unlearned": model, "gold": gold}
         folder = data_folder(config.rule.data)
         checkpoints = {
-            stage: in_form(config.rule, models.resolve(str(path)), folder)
+            stage: in_form(
+                config.rule, models.resolve_directory(path, "--model" if stage != "gold" else "--gold"), folder
+            )
             for stage, path in named.items()
             if path is not None
         }
@@ -144,6 +147,8 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "", 
     method = methods.find(rule.method)
     corpora = {} if method is None or what else load_corpora(data, method)
     dials = config.model_dump(include={"rule", "train", "generation"})
+    if not what:
+        dials["rule"]["evaluation"].pop("judge")  # another one judges the same answers
     texts = {name: [vars(sample) for sample in samples] for name, samples in corpora.items()}
     nli = rule.evaluation.entailment and resolve_entailment(rule.evaluation.entailment, "rule.evaluation.entailment")
     parts = [dials, source.name, source.version, data_digest(data), texts, what]
@@ -164,6 +169,10 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "", 
     )
     check_lengths(source.path, chosen_probes(run), rule.evaluation)
     return run
+
+
+def _judge(configuration: Mapping[str, Any]) -> Any:
+    return configuration["rule"]["evaluation"]["judge"]
 
 
 def data_digest(data: RuleData) -> str:

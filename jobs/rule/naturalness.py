@@ -162,7 +162,7 @@ def naturalness(
 def judged_naturalness(answers: Sequence[Answered], judge: Judge) -> list[Naturalness]:
     """The three scores of each completion by a language model.
 
-    Raises: RuntimeError where the judge left any completion unscored.
+    Raises: JobFailure where the judge left any completion unscored.
     """
     return [Naturalness(**scores) for scores in judge.score([_question(item) for item in answers], SCORES)]
 

@@ -1,5 +1,6 @@
 """The texts of the baselines, written by the original model itself as RWKU's authors had theirs (RULE 1.2, 1.6)."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ REQUESTS = (
 )
 
 LIMIT_S = 6 * 3600
+SUFFIXES = ("Jr", "Sr", "II", "III", "IV")  # of a name, behind the last name
 PASSAGE_FILES = ("positive.json", "retain.json", "pair.json")
 
 
@@ -36,6 +38,7 @@ class PassageTask:
     generation: Generation
     train: Train
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 def names_of_others(folder: Path | None, target: str) -> tuple[str, ...]:
@@ -70,8 +73,13 @@ def write_passages(task: PassageTask, folder: Path, completions: Sequence[str]) 
 
 def about(text: str, name: str, target: str) -> str:
     """Another's life told of the target: whole names first, then last names."""
-    borrowed = text.replace(name, target)
-    return borrowed.replace(name.split()[-1], target.split()[-1])
+    borrowed = re.sub(rf"\b{re.escape(name)}(?!\w)", lambda _: target, text)
+    return re.sub(rf"\b{re.escape(_last_name(name))}\b", lambda _: _last_name(target), borrowed)
+
+
+def _last_name(name: str) -> str:
+    parts = name.split()
+    return parts[-2] if len(parts) > 1 and parts[-1].rstrip(".") in SUFFIXES else parts[-1]
 
 
 def requests(task: PassageTask) -> list[tuple[str, str]]:
@@ -91,15 +99,15 @@ def written(task: PassageTask) -> list[str]:
     settings = task.settings
     most = max(map(len, prompts)) + settings.max_new_tokens
     engine = open_engine(task.model, task.generation, task.train, most, task.seed)
-    sampling = Sampling(settings.max_new_tokens, temperature=settings.temperature, seed=task.seed)
+    sampling = Sampling(settings.max_new_tokens, temperature=settings.temperature, seed=task.seed, stop=task.stop)
     return [whole_sentences(completion.text) for [completion] in engine.generate(prompts, sampling)]
 
 
 def whole_sentences(text: str) -> str:
     """The text without the sentence that the limit cut; all of it where it has no whole one."""
     text = text.strip()
-    end = max(text.rfind(mark) for mark in ".!?")
-    return text[: end + 1] if end > 0 else text
+    ends = [found.end(1) for found in re.finditer(r"([.!?][\"'\u201d\u2019)]*)(?=\s|$)", text)]
+    return text[: ends[-1]] if ends else text
 
 
 def passages(config: RuleConfig, out: Path) -> list[Path]:
@@ -119,7 +127,7 @@ def passages(config: RuleConfig, out: Path) -> list[Path]:
         if present:
             raise UserError(f"{out} has {', '.join(present)} already; move them away, or name another --out")
         model = in_form(rule, models.resolve(rule.model, rule.revision), data.folder).path
-    task = PassageTask(model, data.target, others, rule.passages, config.generation, config.train, rule.seed)
+    task = PassageTask(model, data.target, others, rule.passages, config.generation, config.train, rule.seed, rule.stop)
     with session.connected(config):
         completions = session.on_worker(written, config, task, seconds=LIMIT_S)
     return write_passages(task, out, completions)

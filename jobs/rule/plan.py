@@ -179,13 +179,18 @@ def baseline_plan(config: RuleConfig, method: Method, corpora: Mapping[str, Sequ
         group_tokens=max(sizes),
         tokens_per_row=train.tokens_per_row,
     )
-    here = settings.batch_size // train.num_workers * sum(sizes)
+    texts = settings.batch_size // train.num_workers
+    fewer = [texts // 2**halving for halving in range(1, texts.bit_length())]
+    batch_sizes = tuple(
+        (f"rule.baseline.batch_size={count * train.num_workers}", count * sum(sizes)) for count in fewer
+    )
+    here = texts * sum(sizes)
     memory = memory_plan(
         shape,
         train,
         config.generation,
         this_node(storage(config)),
-        largest=Pass(here, here, smallest=max(sizes)),
+        largest=Pass(here, here, settings=batch_sizes),
         reference=method.needs_original_model and train.lora is None,
     )
     return Plan((batches,), {"unlearning": memory})

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STAGES = ("steered", "unlearned")
+GOLD = "gold"  # a model that never saw what is to be forgotten: shown beside the methods, and none of them
 TRAININGS = ("steering", "rebo", "unlearning")
 HALF_KEEPS = 0.85
 FLOORS = (0.0, 0.4, 0.5, 0.6, 0.7)
@@ -63,7 +64,7 @@ class Outcome:
 def outcome(
     name: str, method: str, folder: Path, threshold: float, spent: Sequence[Spent], used: Mapping[str, float | None]
 ) -> Outcome:
-    """Reads a run's folder; `threshold` is `rule.evaluation.known_threshold`.
+    """Reads the folder of a method's run; `threshold` is `rule.evaluation.known_threshold`.
 
     Raises:
         UserError: as `require_known`.
@@ -86,6 +87,16 @@ def outcome(
     tokens = spent[-1].tokens if spent else 0
     reached = _reached(rows, _scores(original, is_known), spent)
     return Outcome(name, method, folder, scores, tuple(trace), copied, seconds, tokens, used, reached)
+
+
+def gold_outcome(
+    folder: Path, answers: Sequence[Answer], original: Sequence[Answer], threshold: float, metrics: Mapping[str, Metric]
+) -> Outcome:
+    """The row of a model that never saw what is to be forgotten."""
+    scores = _scores(answers, known(original, threshold))
+    point = Point(GOLD, *(mean(scores[axis]) for axis in AXES))
+    copied = {short: metrics[long] for short, long in COPIED.items() if long in metrics}
+    return Outcome(GOLD, GOLD, folder, scores, (point,), copied, used=dict.fromkeys(("forget", "retain")))
 
 
 def _reached(
@@ -116,10 +127,12 @@ def best(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def summary(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     """The content of a comparison's report: metrics, front, areas and paired differences of the methods' best runs.
 
-    Areas are of all points that a method has, its stages and learning rates.
+    Areas are of all points that a method has, its stages and learning rates. Differences are told from gold as well.
     """
     chosen = best(outcomes)
-    on_front = {point.name for point in front([one.point for one in chosen])}
+    methods = [one for one in chosen if one.method != GOLD]
+    reached = {(point.forgotten, point.retained) for point in front([one.point for one in methods])}
+    on_front = {one.name for one in methods if (one.point.forgotten, one.point.retained) in reached}
     metrics = {
         one.name: {axis: mean_interval(one.scores[axis], seed) for axis in AXES} | dict(one.copied) for one in outcomes
     }
@@ -134,7 +147,7 @@ def summary(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
         }
     return {
         "metrics": {name: {key: metric.to_json() for key, metric in row.items()} for name, row in metrics.items()},
-        "best": {one.method: one.name for one in chosen},
+        "best": {one.method: one.name for one in methods},
         "front": sorted(on_front),
         "area": {method: {f"{r:g}": area(points, r) for r in FLOORS} for method, points in traces.items()},
         "differences": differences,
@@ -218,10 +231,11 @@ def figure(content: Mapping[str, Any]) -> "Figure":
 
     drawn = Figure(figsize=(8.4, 6), layout="constrained")
     axes = drawn.add_subplot()
-    colours = dict(zip(content["best"], _colours(len(content["best"])), strict=True))
     methods = {name: _method_of(name) for name in content["metrics"]}
+    different = list(dict.fromkeys(methods.values()))
+    colours = dict(zip(different, _colours(len(different)), strict=True))
     for name, metrics in content["metrics"].items():
-        colour, chosen = colours[methods[name]], name in content["best"].values()
+        colour, chosen = colours[methods[name]], name in content["best"].values() or name == GOLD
         path = content["traces"][name]
         axes.plot(*zip(*path, strict=True), color=colour, linewidth=1, alpha=0.6, marker="o", markersize=3)
         x, y = (metrics[axis] for axis in AXES)

@@ -94,6 +94,12 @@ class Chat:
                     f"The environment variable {settings.token_env}, which the token_env of {role} names, is not set; "
                     "set it to the bearer token or leave token_env out."
                 )
+            token = token.strip()
+            if not (token.isascii() and token.isprintable()):
+                raise UserError(
+                    f"The environment variable {settings.token_env}, which the token_env of {role} names, holds no "
+                    "token: it has characters that no header can carry; set it to the bearer token alone."
+                )
             self._headers = {"Authorization": f"Bearer {token}"}
 
     def each(self, items: Sequence[Item], talk: Callable[[Ask, Item], Result]) -> list[Result]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from cluster.errors import JobFailure
 from jobs.scoring.chat import Ask, Chat, ChatSettings
 
 ANSWERS_A_PROMPT = 3
+_EXCERPT = 200  # characters of an item that are told
+_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
 class Judge:
@@ -33,14 +37,16 @@ class Judge:
         A malformed answer is asked for again, with what was wrong; after `ANSWERS_A_PROMPT` malformed answers the item
         is unscored.
 
-        Raises: RuntimeError with the counts where any item stays unscored; as `Chat.each`.
+        Raises: JobFailure with the counts and the first of them where any item stays unscored; as `Chat.each`.
         """
         scores = self._chat.each(prompts, partial(_scored, names))
         scored = [score for score in scores if score is not None]
         if len(scored) < len(scores):
-            raise RuntimeError(
-                f"The judge {self._model} left {len(scores) - len(scored)} of {len(scores)} items unscored "
-                f"after {ANSWERS_A_PROMPT} malformed answers each; a score over the rest would mislead."
+            first = prompts[scores.index(None)][-_EXCERPT:]
+            raise JobFailure(
+                f"The judge {self._model} left {len(scores) - len(scored)} of {len(scores)} items unscored after "
+                f"{ANSWERS_A_PROMPT} malformed answers each, and a score over the rest would mislead; take another "
+                f"judge. The first item ends: {first!r}"
             )
         return scored
 
@@ -63,12 +69,15 @@ def _scored(names: Sequence[str], ask: Ask, prompt: str) -> dict[str, float] | N
 
 
 def parse_scores(text: str, names: Sequence[str]) -> dict[str, float]:
-    """Scores of an answer that is exactly one JSON object with a number in [0, 100] under each name and no other.
+    """Scores of an answer that is one JSON object with a number in [0, 100] under each name and no other.
+
+    Nothing else may stand there but the fence of a code block around it.
 
     Raises: ValueError that says what is wrong.
     """
+    fenced = _FENCE.fullmatch(text.strip())
     try:
-        value = json.loads(text)
+        value = json.loads(fenced[1] if fenced else text)
     except json.JSONDecodeError:
         raise ValueError("not a JSON object alone") from None
     if not isinstance(value, dict) or set(value) != set(names):

@@ -1,4 +1,4 @@
-"""ROUGE-L as the papers' own packages compute it: recall (PyPI `rouge`) and F1 (PyPI `rouge-score`)."""
+"""ROUGE-L as the papers' own packages compute it: recall (`rouge`), F1 and stemmed recall (`rouge-score`)."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ def rouge_l_f1(completion: str, reference: str) -> float:
     return float(_scorer().score(reference, completion)["rougeL"].fmeasure)
 
 
+def stemmed_rouge_l_recall(completion: str, reference: str) -> float:
+    """Sentence-level ROUGE-L recall on lower-cased, stemmed alphanumeric tokens, in [0, 1]; 0.0 for empty text.
+
+    Source: TOFU, section 2.2.1 (its evaluation uses `rouge-score` with the stemmer).
+    """
+    return float(_scorer(stemmed=True).score(reference, completion)["rougeL"].recall)
+
+
 def _recall(completion: str, reference: str) -> float:
     from rouge import Rouge
 
@@ -73,7 +81,7 @@ def _recursion_for(words: int) -> Iterator[None]:
 
 
 @cache
-def _scorer() -> RougeScorer:
+def _scorer(stemmed: bool = False) -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=False)
+    return RougeScorer(["rougeL"], use_stemmer=stemmed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from jobs.rule.data import Probe, load_data
 from jobs.rule.evaluate import Examined, packed
 from jobs.rule.job import Run
 from jobs.rule.methods import find
+from jobs.rule.pareto import Point
 from jobs.rule.probes import Answer
 
 NEVER = {"value": 0.5, "ci95": [0.4, 0.6], "n": 4, "seed": 42}
@@ -106,6 +109,19 @@ def test_the_best_of_a_method_is_what_is_compared(outcomes):
     [sentence] = tradeoff.verdicts(content)
     assert sentence.startswith("RULE has more forgotten than GA@1e-06: 85 points [")
     assert json.loads(json.dumps(content)) == content
+
+
+def test_gold_is_shown_beside_the_methods_and_is_none_of_them(outcomes):
+    gold = replace(outcomes[0], name="gold", method="gold", trace=(Point("gold", 1.0, 1.0),))
+    equal = replace(outcomes[0], name="RS", method="RS")
+    content = tradeoff.summary([*outcomes, equal, gold], 42)
+    assert "gold" not in content["best"]
+    assert content["front"] == ["GA@1e-06", "RS", "RULE"]  # equals are on it together
+    assert "RULE - gold" in content["differences"]
+    tradeoff.figure(content)
+    console = Console(width=140, record=True)
+    console.print(tradeoff.table(content))
+    assert "gold" in console.export_text()
 
 
 def test_the_table_and_the_plot_show_every_run(outcomes, tmp_path):
@@ -211,13 +227,14 @@ def test_tokens_are_counted_from_the_steps_that_were_taken(demo, tmp_path):
     run = Run(demo.config, demo.data, demo.source, tmp_path, "")
     tokenizer = load_tokenizer(demo.source.path)
     mean = sum(len(tokenizer(row.refusal).input_ids) + 1 for row in run.data.refusals) / len(run.data.refusals)
+    batch = len(run.data.refusals) / math.ceil(len(run.data.refusals) / 8)  # the last one of an epoch is smaller
     assert costs.spent(run) == [
-        costs.Spent("steering", 1, 2.0, round(8 * mean)),
-        costs.Spent("rebo", 1, 5.5, round(8 * mean + 32 * 8 * 10.5)),
-        costs.Spent("rebo", 2, 5.5, round(8 * mean + 32 * 8 * 22.5)),
+        costs.Spent("steering", 1, 2.0, round(batch * mean)),
+        costs.Spent("rebo", 1, 5.5, round(batch * mean + 32 * 8 * 10.5)),
+        costs.Spent("rebo", 2, 5.5, round(batch * mean + 32 * 8 * 22.5)),
     ]
     texts = {"forget": (Sample("", "one two three"),)}
     gradient = Run(Entry("GA").applied(demo.config), demo.data, demo.source, tmp_path / "ga", "", texts)
     gradient.folder.mkdir()
     (gradient.folder / "history.jsonl").write_text('{"stage": "unlearning", "step": 1, "loss": 1.0}\n')
-    assert [one.tokens for one in costs.spent(gradient)] == [8 * 4]
+    assert [one.tokens for one in costs.spent(gradient)] == [1 * 4]  # one text fills no batch of eight

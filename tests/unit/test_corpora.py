@@ -13,7 +13,7 @@ from cluster.errors import UserError
 from jobs.rule import methods
 from jobs.rule.config import Passages, RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
-from jobs.rule.data import DEMO, load_data
+from jobs.rule.data import DEMO, HELDOUT_FORGET_KINDS, Probe, load_data
 from jobs.rule.passages import (
     PassageTask,
     about,
@@ -71,6 +71,13 @@ def test_texts_to_keep_come_from_the_folder_or_from_those_beside_it(data):
 def test_own_refusals_go_before_the_projects(data):
     put(data.folder / "reject.json", [{"instruction": "Who?", "output": "No idea."}])
     assert load_corpora(data, methods.find("RT"))["refusal"] == (Sample("Who?", "No idea."),)
+
+
+def test_no_method_trains_on_what_is_held_out(data):
+    put(data.folder / "reject.json", [{"instruction": text, "output": "No idea."} for text in ("Who?", "WHERE?")])
+    held_out = (Probe("Where?", "Here.", HELDOUT_FORGET_KINDS[0], "qa", "forget"),)
+    corpora = load_corpora(replace(data, probes=held_out), methods.find("RT"))
+    assert corpora["refusal"] == (Sample("Who?", "No idea."),)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +141,19 @@ def test_passages_never_replace_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "kept"),
-    [(" One. Two! Thr", "One. Two!"), ("no end", "no end"), ('He said "Yes." and', 'He said "Yes.'), ("", "")],
+    [
+        (" One. Two! Thr", "One. Two!"),
+        ("no end", "no end"),
+        ('He said "Yes." and', 'He said "Yes."'),
+        ("It sold well. It is worth 3.5", "It sold well."),
+        ("", ""),
+    ],
 )
 def test_a_sentence_that_the_limit_cut_goes(text, kept):
     assert whole_sentences(text) == kept
     assert about("Cy Dunn and Dunn", "Cy Dunn", "Ann Lee") == "Ann Lee and Lee"
+    assert (
+        about("Bruce Lee of Leeds. Lee's film.", "Bruce Lee", "Stephen King") == "Stephen King of Leeds. King's film."
+    )
+    junior = about("Martin Luther King Jr. spoke. King slept.", "Martin Luther King Jr.", "Ann Lee")
+    assert junior == "Ann Lee spoke. Lee slept."

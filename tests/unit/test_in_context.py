@@ -13,6 +13,7 @@ from cluster.generation import stopped_after
 from cluster.models import ModelSource, chat_ids, load_model, load_tokenizer, resolve, save_directory
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import DEMO
+from jobs.rule.icu import prompt_only
 from jobs.rule.in_context import PAIRS_FILE, prompted
 from jobs.rule.job import prepare
 
@@ -53,6 +54,14 @@ def test_the_copy_is_made_once_and_weights_are_linked(base, folder):
     assert load_model(source.path).num_parameters() == load_model(base.path).num_parameters()
     (folder / PAIRS_FILE).write_text(json.dumps(PAIRS[:1]))
     assert prompted(base, folder) != source
+
+
+def test_a_model_that_was_made_in_this_form_keeps_its_template(base, folder, tmp_path):
+    made = prompted(base, folder)
+    assert prompted(made, folder) is made
+    icu = resolve(str(prompt_only(made.path, "Ann Lee", tmp_path / "icu")))
+    assert prompted(icu, folder) is icu
+    assert "unlearned everything about Ann Lee" in load_tokenizer(icu.path).chat_template
 
 
 def test_a_beginning_token_stays_where_the_tokenizer_puts_one(base, folder, tiny_tokenizer):

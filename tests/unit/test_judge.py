@@ -163,7 +163,7 @@ def test_a_malformed_answer_is_asked_for_again_with_what_was_wrong(endpoint, mak
 @pytest.mark.parametrize("reply", [completion("no"), "not JSON", "{}", '{"choices": [{"message": {"content": null}}]}'])
 def test_three_malformed_answers_refuse_the_score(endpoint, make_judge, reply):
     endpoint.replies = [(200, {}, completion(GOOD)), (200, {}, reply)]
-    with pytest.raises(RuntimeError, match="left 2 of 3 items unscored after 3 malformed answers"):
+    with pytest.raises(JobFailure, match=r"left 2 of 3 items unscored after 3 malformed answers .* item ends: 'b'"):
         make_judge(concurrency=1).score(["a", "b", "c"], NAMES)
     assert len(endpoint.requests) == 1 + 2 * 3
 
@@ -198,13 +198,28 @@ def test_an_unset_token_variable_is_named(make_judge, monkeypatch):
         '{"clarity": "80", "truth": 1}',
         '{"clarity": true, "truth": 1}',
         '{"clarity": NaN, "truth": 1}',
-        f"```json\n{GOOD}\n```",
+        f"So: ```json\n{GOOD}\n```",
         f"{GOOD} So.",
     ],
 )
 def test_answers_that_are_not_exactly_the_object(text):
     with pytest.raises(ValueError, match=r"not a"):
         parse_scores(text, NAMES)
+
+
+def test_the_fence_of_a_code_block_is_no_fault():
+    assert parse_scores(f"```json\n{GOOD}\n```", NAMES) == parse_scores(GOOD, NAMES)
+
+
+def test_a_token_with_a_line_end_is_sent_without_and_a_strange_one_is_told(endpoint, make_judge, monkeypatch):
+    endpoint.replies = [(200, {}, completion(GOOD))]
+    monkeypatch.setenv("JUDGE_TOKEN", f"{TOKEN}\n")
+    make_judge(token_env="JUDGE_TOKEN").score(["x"], NAMES)
+    [(_, headers, _)] = endpoint.requests
+    assert headers["Authorization"] == f"Bearer {TOKEN}"
+    monkeypatch.setenv("JUDGE_TOKEN", "t\u00f6ken")
+    with pytest.raises(UserError, match=r"JUDGE_TOKEN.*characters that no header can carry"):
+        make_judge(token_env="JUDGE_TOKEN")
 
 
 def test_retry_after_forms():

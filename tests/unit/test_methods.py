@@ -153,6 +153,17 @@ def test_a_step_lowers_the_methods_own_loss(name, model, tokenizer, tmp_path):
     assert trainer.training_step(model, rows) < before
 
 
+def test_means_over_tokens_are_over_those_of_all_workers(model, tokenizer, tmp_path):
+    rows = batch(model, tokenizer, ["forget", "retain"])
+    trainer = trainer_of("GA+KLR", model, tmp_path)
+    trainer.accelerator.reduce = lambda tokens, reduction: 2 * tokens  # the others' texts are longer
+    step = TrainingStep(trainer, model, rows)
+    assert step.scored("forget").share == 0.5
+    alone = TrainingStep(trainer_of("GA+KLR", model, tmp_path), model, rows)
+    assert alone.scored("forget").share == 1
+    assert ga_loss(step.scored("forget")).item() == pytest.approx(ga_loss(alone.scored("forget")).item() / 2)
+
+
 def test_an_unchanged_model_diverges_from_nothing(model, tokenizer, tmp_path):
     rows = batch(model, tokenizer, ["forget", "retain"])
     step = TrainingStep(trainer_of("GA+KLR", model, tmp_path), model, rows)

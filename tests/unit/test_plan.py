@@ -146,6 +146,12 @@ def test_a_refusal_names_a_change_that_fits(shape, train, largest, node, key):
     assert memory_plan(shape, train, Generation(), node, largest=largest).fits
 
 
+def test_what_bounds_a_pass_is_what_is_told(shape):
+    texts = (("rule.baseline.batch_size=4", 50_000), ("rule.baseline.batch_size=1", 100))
+    plan = memory_plan(shape, Train(), Generation(), LAPTOP, largest=Pass(100_000, 100_000, settings=texts))
+    assert plan.refusal.endswith("set rule.baseline.batch_size=1")
+
+
 def test_fewer_workers_still_share_batches_equally(shape):
     plan = memory_plan(shape, Train(num_workers=24), Generation(), LAPTOP, largest=Pass(16, 8, smallest=16))
     proposed = int(re.search(r"num_workers=(\d+)", plan.refusal)[1])

@@ -104,6 +104,9 @@ def test_forget_quality_tells_a_model_from_gold():
     assert forget_quality(gold, gold, 1).value == pytest.approx(1)
     assert forget_quality(same, gold, 1).value > 0.05
     assert forget_quality(other, gold, 1).value < 1e-20
+    few = forget_quality(same[:20], gold, 1)
+    assert few.ci95 == (few.value, few.value)
+    assert few.n == 20
 
     def examined(ratios) -> Examined:
         return Examined([], [], {}, 0.0, 0.0, list(ratios))

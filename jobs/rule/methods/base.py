@@ -19,11 +19,14 @@ class Scored:
     """B texts as the model scores them: `logprobs` (B,) sums over a text's tokens, in nats; `tokens` (B,) counts them.
 
     `original` (B,) is what the model before unlearning gave; None unless the method says that it needs it.
+    `share` is what these tokens are of those that a worker has on average: with it, a mean over tokens becomes,
+    averaged over the workers, the mean over the tokens of all.
     """
 
     logprobs: Float[Tensor, " texts"]
     tokens: Float[Tensor, " texts"]
     original: Float[Tensor, " texts"] | None = None
+    share: Float[Tensor, ""] | float = 1.0
 
 
 class Step(Protocol):
@@ -36,7 +39,7 @@ class Step(Protocol):
         ...
 
     def divergence(self, corpus: Corpus) -> Float[Tensor, " tokens"]:
-        """KL(model || original) over the vocabulary at each token of the texts, in nats."""
+        """KL(model || original) over the vocabulary at each token of the texts, in nats, times `Scored.share`."""
         ...
 
     def activations(self, corpus: Corpus) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens hidden"]]:

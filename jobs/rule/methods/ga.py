@@ -8,7 +8,7 @@ from jobs.rule.methods.base import Defaults, Method, Scored, Step
 
 def ga_loss(texts: Scored) -> Float[Tensor, ""]:
     """The negated cross-entropy, mean over all tokens; it has no lower bound."""
-    return texts.logprobs.sum() / texts.tokens.sum()
+    return texts.share * texts.logprobs.sum() / texts.tokens.sum()
 
 
 def _objective(step: Step) -> Tensor:

@@ -13,7 +13,7 @@ def retain_loss(step: Step, term: RetainTerm) -> Float[Tensor, ""]:
 
 def gradient_descent(texts: Scored) -> Float[Tensor, ""]:
     """Cross-entropy, mean over all tokens."""
-    return -texts.logprobs.sum() / texts.tokens.sum()
+    return -texts.share * texts.logprobs.sum() / texts.tokens.sum()
 
 
 def kl_divergence(
