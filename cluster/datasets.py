@@ -14,6 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -123,12 +124,15 @@ def clear(folder: Path) -> None:
         (folder / CONFIGURATION).unlink()
 
 
-def write_shard(folder: Path, index: int, table: pa.Table, note: Mapping | None = None) -> Shard:
+def write_shard(
+    folder: Path, index: int, table: pa.Table, note: Mapping | None = None, row_group_size: int | None = None
+) -> Shard:
     """Writes one shard, and then its entry, each under a temporary name first; any process may call it at any time.
 
     Args:
         index: the place in the data set, from 0; what stood there is replaced.
         note: kept in the shard's entry, as JSON.
+        row_group_size: rows that a reader of one must read; None is pyarrow's own.
 
     Raises:
         JobFailure: the disk is full, or the folder cannot be written; no part of the shard is left.
@@ -139,7 +143,7 @@ def write_shard(folder: Path, index: int, table: pa.Table, note: Mapping | None 
     seen = hashlib.sha256()
 
     def write(file: BinaryIO) -> None:
-        pq.write_table(table, _Digesting(file, seen), compression="zstd")
+        pq.write_table(table, _Digesting(file, seen), compression="zstd", row_group_size=row_group_size)
 
     size = _replace(path, write)
     schema = tuple((column.name, str(column.type)) for column in table.schema)
@@ -161,13 +165,14 @@ def write_file(path: Path, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def finished(folder: Path) -> dict[int, Shard]:
-    """The shards whose file has the size and SHA-256 of its entry, by index in order; reads all of them."""
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if _ENTRY.fullmatch(path.name) and (shard := _shard(_load(path))) and not _fault(folder / shard.file, shard):
-            found[shard.index] = shard
-    return dict(sorted(found.items()))
+def finished(folder: Path, read: bool = True) -> dict[int, Shard]:
+    """The shards whose file has the size and, where all are to be read, SHA-256 of its entry, by index in order."""
+    entries = [path for path in folder.iterdir() if _ENTRY.fullmatch(path.name)] if folder.is_dir() else []
+    shards = [shard for shard in map(_shard, map(_load, entries)) if shard]
+    with ThreadPoolExecutor() as pool:
+        faults = list(pool.map(lambda shard: _fault(folder / shard.file, shard, read), shards))
+    sound = [shard for shard, fault in zip(shards, faults, strict=True) if not fault]
+    return {shard.index: shard for shard in sorted(sound, key=lambda shard: shard.index)}
 
 
 def finish(folder: Path, configuration: Mapping, indices: Iterable[int]) -> Manifest:
@@ -180,7 +185,8 @@ def finish(folder: Path, configuration: Mapping, indices: Iterable[int]) -> Mani
     Raises:
         JobFailure: a shard is missing or damaged, one is too many, or two differ in their columns.
     """
-    shards, wanted = finished(folder), sorted(set(indices))
+    # those that were there were read by `prepare`, the others have been written since
+    shards, wanted = finished(folder, read=False), sorted(set(indices))
     for told, numbers in (("lacks", set(wanted) - set(shards)), ("has an unknown", set(shards) - set(wanted))):
         if numbers:
             raise JobFailure(f"{folder} {told} shard {min(numbers)} ({len(numbers)} in all); run the command again")
@@ -282,12 +288,14 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _fault(path: Path, shard: Shard) -> str:
-    """What is wrong with a shard, as the end of a sentence; empty where nothing is."""
+def _fault(path: Path, shard: Shard, read: bool = True) -> str:
+    """What is wrong with a shard, as the end of a sentence; empty where nothing is, or nothing is seen unread."""
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != shard.size:
         return f"has {path.stat().st_size} bytes, not {shard.size}"
+    if not read:
+        return ""
     seen = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPBACK = "127.0.0.1"
+EXECUTOR_DEADLINE_S = 120
 END_DEADLINE_S = 20  # for Spark's Java process, once it was told to end
 _QUIET = """rootLogger.level = error
 rootLogger.appenderRef.stderr.ref = stderr
@@ -58,12 +60,13 @@ def session(name: str, cores: int, master: str | None = None) -> Iterator[SparkS
 
     Args:
         name: shown by a Spark cluster's own pages.
-        cores: of this machine, at least 1; also the scale of the number of shuffle partitions.
+        cores: of this machine, at least 1.
         master: a cluster's address such as spark://HOST:7077, which must see the same files and have this project
             installed; None is this machine.
 
     Raises:
-        UserError: no Java that Spark runs on, no cluster at `master`, or another session is open in this process.
+        UserError: no Java that Spark runs on, no cluster at `master` or none that has room, or another session is open
+            in this process.
         JobFailure: a Spark job in the block failed; told by its root cause. Errors of this project that were raised
             in Spark's workers come back as they are.
     """
@@ -101,17 +104,39 @@ def session(name: str, cores: int, master: str | None = None) -> Iterator[SparkS
             builder = builder.config(key, value)
         stack.callback(_end)
         with _failures():
-            yield builder.getOrCreate()
+            started = builder.getOrCreate()
+            if master is not None:
+                _require_executor(started, master)
+            yield started
 
 
-def save(frame: DataFrame, folder: Path, configuration: Mapping, shards: int, order: str) -> datasets.Manifest:
+def _require_executor(session: SparkSession, master: str) -> None:
+    """Spark itself waits in silence where all cores are taken, or where its workers do not reach this machine."""
+    deadline = time.monotonic() + EXECUTOR_DEADLINE_S
+    while session.sparkContext._jsc.sc().getExecutorMemoryStatus().size() < 2:  # the driver is one
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"no worker of the Spark at {master} took this job within {EXECUTOR_DEADLINE_S} s: its cores may be "
+                "taken, or its workers do not reach this machine; free some, or see the master's page"
+            )
+        time.sleep(0.2)
+
+
+def local(path: Path) -> str:
+    """A path as Spark takes it for one of the file system, whatever its Hadoop configuration names."""
+    return f"file://{path.resolve()}"
+
+
+def save(
+    frame: DataFrame, folder: Path, configuration: Mapping, shards: int, order: Sequence[str]
+) -> datasets.Manifest:
     """Writes a frame as a data set (`cluster.datasets`), in place of an earlier one.
 
     Args:
         folder: seen by all workers.
         configuration: what decides the content, as JSON.
         shards: at most so many files, each of which fits into a worker's memory; an empty one is left out.
-        order: the column that all rows are ordered by.
+        order: the columns that all rows are ordered by; shards hold ranges of the first.
 
     Raises:
         UserError: the folder holds shards of which it is not known what made them.
@@ -130,7 +155,7 @@ def save(frame: DataFrame, folder: Path, configuration: Mapping, shards: int, or
             datasets.write_shard(folder, index, pa.Table.from_batches(rows))
             yield pa.RecordBatch.from_pydict({"shard": [index]})
 
-    ordered = frame.repartitionByRange(shards, order).sortWithinPartitions(order)
+    ordered = frame.repartitionByRange(shards, order[0]).sortWithinPartitions(*order)
     written = ordered.mapInArrow(write, "shard long").collect()
     return datasets.finish(folder, configuration, [row.shard for row in written])
 
@@ -143,7 +168,6 @@ def _settings(scratch: Path, cores: int, here: bool) -> dict[str, str]:
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
         "spark.local.dir": str(scratch),
         "spark.sql.warehouse.dir": str(scratch / "warehouse"),
-        "spark.sql.shuffle.partitions": str(max(4, 2 * cores)),
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         # its temporary files go with ours, also where it is killed
         "spark.driver.extraJavaOptions": (
@@ -152,7 +176,9 @@ def _settings(scratch: Path, cores: int, here: bool) -> dict[str, str]:
         # functions of this project are sent by name
         "spark.executorEnv.PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    return common | ({"spark.driver.bindAddress": LOOPBACK, "spark.driver.host": LOOPBACK} if here else {})
+    alone = {"spark.driver.bindAddress": LOOPBACK, "spark.driver.host": LOOPBACK}
+    alone["spark.sql.shuffle.partitions"] = str(max(4, 2 * cores))
+    return common | (alone if here else {})
 
 
 @contextmanager

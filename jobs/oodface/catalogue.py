@@ -1,7 +1,8 @@
 """The catalogue of a source of images, made by Spark: what each image is, whether it can be read, and its duplicates.
 
 Images are listed, looked into a chunk at a time, and compared by their perceptual hashes without comparing all pairs.
-The driver holds no list of them; a run that was cut off looks only into the chunks that are missing.
+The driver holds no list of them but the names in one folder; a run that was cut off looks only into the chunks that
+are missing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
-VERSION = 1  # of what `look` finds: another number looks into everything again
+VERSION = 2  # of what `look` finds: another number looks into everything again
 SUMMARY = "_summary.json"
 CHUNK = 256  # images a Spark task, about half a second of work
 SHARD = 50_000  # rows of a catalogue's file
@@ -52,6 +53,11 @@ class Catalogue:
     folder: Path
     manifest: datasets.Manifest
     summary: Mapping
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that stand for the images: names, bytes, and which of them can be read."""
+        return self.summary["digest"]
 
 
 def build(
@@ -78,10 +84,11 @@ def build(
     if present is None:
         with spark.session("oodface catalogue", cores, master) as session:
             looked = _look_into(session, listing, work / f"looked-{digest}", count, digest)
-            frame = with_duplicates(session.read.parquet(str(looked)), near)
-            rows = sum(shard.rows for shard in datasets.finished(looked).values())
-            manifest = spark.save(frame, folder, configuration, -(-rows // SHARD), "image_id")
-            summary = summarise(session.read.parquet(*map(str, manifest.files(folder))))
+            frame = with_duplicates(session.read.parquet(spark.local(looked)), near)
+            rows = sum(shard.rows for shard in datasets.finished(looked, read=False).values())
+            (folder / SUMMARY).unlink(missing_ok=True)  # else a driver that dies now would leave that of other images
+            manifest = spark.save(frame, folder, configuration, -(-rows // SHARD), ("image_id", "path", "row"))
+            summary = summarise(session.read.parquet(*map(spark.local, manifest.files(folder))))
         write_json(summary, folder / SUMMARY)
         present = Catalogue(folder, manifest, summary)
     shutil.rmtree(work)
@@ -175,8 +182,12 @@ def with_duplicates(looked: DataFrame, near: int) -> DataFrame:
 
 
 def summarise(rows: DataFrame) -> dict:
-    """Counts, and lists of at most `LISTED` entries each, of a catalogue."""
+    """Counts, and lists of at most `LISTED` entries each, of a catalogue; and a digest of what its images are."""
     from pyspark.sql import functions as F
+
+    seen = hashlib.sha256()
+    for row in rows.select("image_id", "sha256", "readable").orderBy("image_id", "path", "row").toLocalIterator():
+        seen.update(json.dumps(list(row)).encode())
 
     totals = rows.agg(
         F.count("*").alias("images"),
@@ -203,6 +214,7 @@ def summarise(rows: DataFrame) -> dict:
         return [row.asDict() for row in frame.orderBy(order).select(*columns).limit(LISTED).collect()]
 
     return {
+        "digest": seen.hexdigest()[:16],
         "images": totals["images"],
         "readable": totals["readable"],
         "identities": totals["identities"],

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import datasets, runs, session
-from cluster.errors import UserError, paths_named
+from cluster.errors import JobFailure, UserError, paths_named
 from cluster.report import digest, read_json, write_json
 from cluster.tracking import Tracker
 from jobs.oodface import catalogue, protocols
@@ -113,10 +113,22 @@ def ask(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, com
     return _told(run, content, report.asked)
 
 
+def _data_digests(run: Run, found: catalogue.Catalogue) -> dict[str, str]:
+    digests = {run.config.oodface.images: found.digest}
+    if run.pairs is not None:
+        told = [list(map(int, run.pairs.fold)), run.pairs.same.tolist(), run.pairs.image_a, run.pairs.image_b]
+        digests[run.config.oodface.evaluate.pairs] = digest(told)
+    return digests
+
+
 def _catalogue(run: Run) -> catalogue.Catalogue:
     """The images' catalogue, shared by all runs on them."""
     dials = run.config.oodface
-    folder = session.storage(run.config) / "oodface" / f"catalogue-{digest([dials.layout, dials.images])}"
+    folder = (
+        session.storage(run.config)
+        / "oodface"
+        / f"catalogue-{digest([dials.layout, dials.images, dials.near_duplicates])}"
+    )
     with run.phase("catalogue"), runs.exclusively(folder, wait_s=3600):
         print(f"catalogue of {dials.images}: {folder}", flush=True)
         cores = min(os.cpu_count() or 1, run.config.workers.number * run.config.workers.cpus)
@@ -149,7 +161,7 @@ def _finished(run: Run, found: catalogue.Catalogue) -> dict[str, Any] | None:
         UserError: the images are others by now.
     """
     content = read_json(run.folder / "report.json")
-    if content is not None and content["data_digests"] != {run.config.oodface.images: found.manifest.digest}:
+    if content is not None and content["data_digests"] != _data_digests(run, found):
         raise UserError(f"the images have changed since {run.folder} was made; --fresh makes it anew")
     return content
 
@@ -201,9 +213,10 @@ def _made(
     from jobs.oodface import pipeline
 
     dials = run.config.oodface
-    configuration = {"identity": run.state["identity"], "images": found.manifest.digest}
+    configuration = {"identity": run.state["identity"], "images": found.digest}
     todo = pipeline.tasks(rows, dials.faces_per_shard)
-    done = datasets.prepare(folder, configuration)
+    # what could not be read a while ago is tried again
+    done = {index: shard for index, shard in datasets.prepare(folder, configuration).items() if not shard.note["lost"]}
     if images is not None:
         datasets.sweep(images)
         done = {index for index, shard in done.items() if pipeline.files_present(folder / shard.file, images)}
@@ -220,6 +233,12 @@ def _made(
     manifest = datasets.finish(folder, configuration, [task.index for task in todo])
     notes = [shard.note for shard in manifest.shards]
     lost = [image for note in notes for image in note["lost"]]
+    if lost and run.pairs is not None and dials.evaluate.missing == "refuse":
+        raise JobFailure(
+            f"{len(lost)} images could not be read when their turn came, the first {lost[0]['image_id']}, which "
+            f"{lost[0]['problem']}; mend that and run the same command again, or leave their pairs out with "
+            "oodface.evaluate.missing=drop"
+        )
     content = {
         "images": rows.num_rows - len(lost),
         "conditions": len(run.conditions),
@@ -243,7 +262,7 @@ def _tracked(run: Run) -> AbstractContextManager[Tracker]:
 def _provenance(run: Run, found: catalogue.Catalogue, tracker: Tracker) -> dict[str, Any]:
     return {
         "system": "oodface",
-        "data_digests": {run.config.oodface.images: found.manifest.digest},
+        "data_digests": _data_digests(run, found),
         "models": dict(run.versions),
         "procedural_stand_ins": [name for name in PROCEDURAL if name in dict(run.conditions)],
         "catalogue": {"folder": str(found.folder)} | {name: found.summary[name] for name in ("images", "readable")},

@@ -42,8 +42,10 @@ class Task:
 
 
 def tasks(rows: pa.Table, faces_per_shard: int) -> list[Task]:
-    """The catalogue's rows in order of their image_id, cut into shards."""
-    ordered = rows.sort_by("image_id")
+    """The catalogue's rows in order of their image_id, or of their place in parquet files, cut into shards."""
+    # those of one parquet file together, for a group of its rows is read for each
+    names = ["image_id"] if rows["row"].null_count == rows.num_rows else ["path", "row"]
+    ordered = rows.sort_by([(name, "ascending") for name in names])
     starts = range(0, ordered.num_rows, faces_per_shard)
     return [Task(index, ordered.slice(start, faces_per_shard)) for index, start in enumerate(starts)]
 
@@ -76,7 +78,9 @@ def run(
     whole = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     stream = (
         ray.data.from_arrow([_block(task) for task in todo])
-        .map_batches(_decoded, num_cpus=reading, fn_kwargs={"longest": dials.longest_side}, **whole)
+        .map_batches(
+            _decoded, num_cpus=reading, fn_kwargs={"longest": dials.longest_side}, max_retries=RESTARTS, **whole
+        )
         .map_batches(
             _Worker,
             fn_constructor_args=(maker, folder),
@@ -92,6 +96,8 @@ def run(
         for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from batch.to_pylist()
     except ray.exceptions.RayActorError as error:
+        if error.actor_init_failed:
+            raise JobFailure(f"a worker could not start: {str(error).strip().splitlines()[-1]}") from error
         raise JobFailure(
             f"a worker died {RESTARTS + 1} times ({str(error).splitlines()[0]}); where memory ran out lower "
             "oodface.faces_per_shard or oodface.num_workers, and run the same command again to continue"
@@ -100,6 +106,11 @@ def run(
         cause = root_cause(error)
         kind = JobFailure if isinstance(cause, JobFailure) else UserError
         raise kind(str(cause).splitlines()[0]) from None
+    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
+        raise JobFailure(
+            f"a task that decodes images died {RESTARTS + 1} times ({str(error).splitlines()[0]}); lower "
+            "oodface.faces_per_shard or oodface.longest_side, and run the same command again to continue"
+        ) from error
 
 
 def files_present(shard: Path, images: Path) -> bool:

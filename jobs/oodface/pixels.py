@@ -61,7 +61,7 @@ def decode(data: bytes) -> tuple[np.ndarray, Notes]:
             # of damaged EXIF, of many pixels: what matters of that is told by a refusal
             warnings.simplefilter("ignore")
             return _decode(data)
-    except UserError:
+    except (UserError, MemoryError):  # for want of memory no image is damaged
         raise
     except UnidentifiedImageError:
         raise UserError(f"is no image in one of the formats {', '.join(FORMATS)}") from None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 VERSION = 1  # of what shards hold: another number makes all of them again
 # what decides how fast shards are made and not what they hold; scenarios and severities count as conditions
 SPEED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "corrupt", "evaluate", "ask"}
-SPEED |= {"scenarios", "severities", "clean"}
+SPEED |= {"scenarios", "severities", "clean", "near_duplicates"}
 
 
 @dataclass
@@ -75,6 +75,9 @@ def dry_run(config: OodfaceConfig, what: str) -> None:
 
     with paths_named():
         run = prepare(config, None, "", what)
+        images = Path(run.config.oodface.images)
+        if run.config.oodface.layout != "hub" and not images.exists():
+            raise UserError(f"oodface.images = {images} does not exist or is not seen from here; check the path")
     print(yaml.safe_dump(masked(config.model_dump(include={"cluster", "tracking", "oodface"})), sort_keys=False))
     print(f"{len(run.conditions)} versions of each image: {', '.join(selected(config.oodface.scenarios))}")
     if run.pairs is not None:

@@ -1,6 +1,7 @@
 """From the embeddings of all conditions to the robustness of each model, behind each defence."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from jobs.oodface.scenarios import SCENARIOS
 from jobs.oodface.work import NONE
 
 Condition = tuple[str, int]
+IN_MEMORY = 2 << 30  # bytes of one model's embeddings
+BYTES_A_ROW = 4 * 512  # float32, of the larger models
 
 
 def score(files: Sequence[Path], pairs: Pairs, conditions: Sequence[Condition], dials: Oodface) -> dict[str, Any]:
@@ -24,7 +27,7 @@ def score(files: Sequence[Path], pairs: Pairs, conditions: Sequence[Condition], 
     categories = {name: one.category for name, one in SCENARIOS.items()}
     planned = [condition for condition in conditions if condition != CLEAN]
     content: dict[str, Any] = {"metrics": {}, "thresholds": {}, "pairs": {}, "pairs_left_out": {}}
-    for name, by_condition in _scores(files, pairs, [NONE, *dials.evaluate.defences]):
+    for name, by_condition in _scores(files, pairs, [CLEAN, *planned], [NONE, *dials.evaluate.defences]):
         clean = by_condition.pop(CLEAN)
         scored = robustness.Scored(pairs.same, pairs.fold, clean, by_condition)
         found = robustness.evaluate(scored, planned, categories, dials.seed, dials.evaluate.resamples)
@@ -35,28 +38,42 @@ def score(files: Sequence[Path], pairs: Pairs, conditions: Sequence[Condition], 
 
 
 def _scores(
-    files: Sequence[Path], pairs: Pairs, defences: Sequence[str]
+    files: Sequence[Path], pairs: Pairs, conditions: Sequence[Condition], defences: Sequence[str]
 ) -> Iterator[tuple[str, dict[Condition, Scores]]]:
-    """One model behind one defence at a time, so that the embeddings of one only are in memory."""
+    """Scores of each model behind each defence; of its embeddings about `IN_MEMORY` bytes are held at a time."""
     names = sorted(
         {name for file in files for name in pq.read_table(file, columns=["model"])["model"].unique().to_pylist()}
     )
+    wanted = pairs.images()
+    rows = sum(pq.read_metadata(file).num_rows for file in files)
     if not names:
         raise UserError("not one image could be read when its turn came; check oodface.images and run it with --fresh")
     for model in names:
         for defence in defences:
-            collected: dict[Condition, tuple[list[str], list[np.ndarray]]] = {}
-            for file in files:
-                table = pq.read_table(file, filters=[("model", "=", model), ("defence", "=", defence)])
-                for condition, image_ids, embeddings in _by_condition(table):
-                    ids, parts = collected.setdefault(condition, ([], []))
-                    ids += image_ids
-                    parts.append(embeddings)
-            scores = {
-                condition: pair_scores(pairs, ids, np.concatenate(parts))
-                for condition, (ids, parts) in collected.items()
-            }
+            scores: dict[Condition, Scores] = {}
+            # conditions are many and alike, so that few of them are read in one pass over the files, or all
+            passes = max(1, math.ceil(rows / len(names) / len(defences) * BYTES_A_ROW / IN_MEMORY))
+            for turn in range(min(passes, len(conditions))):
+                now = set(conditions[turn :: min(passes, len(conditions))])
+                scores |= _of_conditions(files, pairs, wanted, model, defence, now)
             yield model if defence == NONE else f"{model}+{defence}", scores
+
+
+def _of_conditions(
+    files: Sequence[Path], pairs: Pairs, wanted: Collection[str], model: str, defence: str, now: Collection[Condition]
+) -> dict[Condition, Scores]:
+    collected: dict[Condition, tuple[list[str], list[np.ndarray]]] = {}
+    known = {name: name for name in wanted}  # one object an image, not one a row
+    for file in files:
+        table = pq.read_table(file, filters=[("model", "=", model), ("defence", "=", defence)])
+        for condition, image_ids, embeddings in _by_condition(table):
+            if condition not in now:
+                continue
+            ids, parts = collected.setdefault(condition, ([], []))
+            compared = [index for index, name in enumerate(image_ids) if name in known]
+            ids += [known[image_ids[index]] for index in compared]
+            parts.append(embeddings[compared])
+    return {condition: pair_scores(pairs, ids, np.concatenate(parts)) for condition, (ids, parts) in collected.items()}
 
 
 def _by_condition(table: Any) -> Iterator[tuple[Condition, list[str], np.ndarray]]:

@@ -7,13 +7,14 @@ cannot use is a row with a problem, so that it is listed and counted.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from cluster.errors import UserError
+from cluster.errors import JobFailure, UserError
 from jobs.oodface.tables import Table, hub
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif", ".jp2")
@@ -127,13 +128,19 @@ def parquet(root: Path) -> Iterator[Located]:
     Raises:
         UserError: no parquet file, or no image column.
     """
-    for path in [root] if root.is_file() else sorted(root.rglob("*.parquet")):
+    for path in [root] if root.is_file() else sorted(path for path in root.rglob("*.parquet") if _is_table(path, root)):
         stem = without_suffix(path.name if path == root else path.relative_to(root).as_posix(), (".parquet",))
         found = path.stat()
         for number, (own, person) in enumerate(Table(path).labels()):
             image_id = f"{stem}/{number:06d}" if own is None else without_suffix(own)
             problem = None if _stays_inside(image_id) else f"is called {image_id!r}, which no folder can hold"
             yield Located(image_id, person, str(path), number, found.st_size, found.st_mtime_ns, problem)
+
+
+def _is_table(path: Path, root: Path) -> bool:
+    """Spark writes folders named x.parquet, with parts of its own in `_temporary`; hidden files are nobody's."""
+    parts = path.relative_to(root).parts
+    return path.is_file() and not any(part.startswith((".", "_")) for part in parts)
 
 
 LAYOUTS: Mapping[str, Callable[[Path], Iterator[Located]]] = {
@@ -150,9 +157,14 @@ def contents(places: Iterable[tuple[str, int | None]]) -> Iterator[bytes | UserE
     """The bytes of images, given as (path, row) of `Located`; an error stands where there are none.
 
     Rows of one parquet file should come in order: a group of rows is kept until one of another group is asked for.
+
+    Raises:
+        JobFailure: it is not the file that is at fault: a folder that this machine does not see, a failing disk.
     """
     table: Table | None = None
+    asked = gone = 0
     for name, row in places:
+        asked += 1
         path = Path(name)
         try:
             if row is not None:
@@ -162,10 +174,26 @@ def contents(places: Iterable[tuple[str, int | None]]) -> Iterator[bytes | UserE
                 yield UserError(f"has {path.stat().st_size} bytes; at most {LARGEST_FILE} are read")
             else:
                 yield path.read_bytes()
+        except FileNotFoundError as error:
+            if not path.parent.is_dir():
+                raise _unseen(path, error) from None
+            gone += 1
+            yield UserError(f"cannot be read: {error.strerror}")
         except OSError as error:
-            yield UserError(f"cannot be read: {error.strerror or error}")
+            raise _unseen(path, error) from None
         except UserError as error:
             yield error
+    if gone == asked > 1:
+        raise JobFailure(
+            f"{platform.node()} sees none of {asked} images, of which {path} is the last; mount what is missing"
+        )
+
+
+def _unseen(path: Path, error: OSError) -> JobFailure:
+    return JobFailure(
+        f"{path} cannot be read on {platform.node()}: {error.strerror or error}; mend that and run the same command "
+        "again to continue"
+    )
 
 
 def without_suffix(name: str, suffixes: Iterable[str] = SUFFIXES) -> str:
@@ -212,6 +240,8 @@ def _located(image_id: str, identity: str | None, path: Path, problem: str | Non
             problem = problem or "is a folder that cannot be opened"
         elif not stat.S_ISREG(found.st_mode):
             problem = "is no regular file"
+        elif not os.access(path, os.R_OK):
+            problem = problem or "may not be read by this user"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     texts = [text and os.fsencode(text).decode("utf-8", "backslashreplace") for text in (image_id, identity, str(path))]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("image", "img", "jpg", "face")
 IDENTITY_COLUMNS = ("identity", "name", "person", "label")
 ROWS_PER_SHARD = 2_000
+ROWS_PER_GROUP = 64  # that are read for one image
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<subset>[^:@]+))?(@(?P<split>[^:@]+))?")
 
 
@@ -39,6 +40,8 @@ class Table:
         try:
             self.file = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # of the machine; what pyarrow says of a file has none
+                raise
             told = str(error).splitlines()[0]
             raise UserError(f"{path} cannot be read as parquet ({told}); remove or replace it") from None
         counts = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
@@ -123,7 +126,7 @@ def hub(location: str, work: Path) -> Path:
     for index, start in enumerate(starts):
         if index not in done:
             part = embed_table_storage(table[start : start + ROWS_PER_SHARD])
-            stored.write_shard(target, index, part)
+            stored.write_shard(target, index, part, row_group_size=ROWS_PER_GROUP)
     stored.finish(target, configuration, range(len(starts)))
     return target
 

@@ -25,13 +25,13 @@ from jobs.oodface.config import Corrupt
 from jobs.oodface.corruptions.occlusion import Frost
 from jobs.oodface.defences import defended
 from jobs.oodface.faces import models
-from jobs.oodface.faces.align import TEMPLATES, Template, align
+from jobs.oodface.faces.align import DLIB_YUNET, TEMPLATES, Template, align
 from jobs.oodface.faces.config import OnnxFace
 from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.randomness import keys
 from jobs.oodface.scenario import CLEAN, Images, Scenario
 from jobs.oodface.scenarios import distort, find
-from jobs.oodface.variations.base import Landmarks, fitting
+from jobs.oodface.variations.base import SIDE, Landmarks, fitting
 
 NONE = "none"  # no defence
 
@@ -95,6 +95,10 @@ class Faces:
     def __init__(self, plan: Plan) -> None:
         torch.set_num_threads(plan.threads)
         self.plan, self.device = plan, torch.device(plan.device)
+        if self.device.type == "cuda":
+            # TF32, and algorithms chosen by batch size, would move landmarks by parts of a pixel
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.deterministic = True
         self.detector = load_detector(self.device)
         self.scenarios = {name: _configured(name, plan) for name, severity in plan.conditions if severity}
         self.clock = Clock(self.device)
@@ -109,7 +113,9 @@ class Faces:
                 made = align(images, faces, template)
                 # aligners write files of 8 bits, and scenarios act on those
                 crops = (made.crops * 255).round_().div_(255) if self.plan.truncate else made.crops
-                found[template.name] = Crops(crops, fitting(made.landmarks, crops), made.found.tolist())
+                found[template.name] = Crops(
+                    crops, fitting(made.landmarks, crops, _points(template)), made.found.tolist()
+                )
             return found
 
     def under(self, crops: Crops, image_ids: Sequence[str], scenario: str, severity: int) -> Images:
@@ -254,6 +260,14 @@ def encoded(images: Images, format: str, quality: int, pool: ThreadPoolExecutor)
 
 def _configured(name: str, plan: Plan) -> Scenario:
     return Frost(Path(plan.frost)) if name == Frost.name and plan.frost else find(name)
+
+
+def _points(template: Template) -> list[tuple[float, float]]:
+    """The detector's landmarks in a crop of the template, in px of one of 112 x 112."""
+    points = DLIB_YUNET.points if template.landmarks == "dlib" else template.points
+    scale = SIDE / template.height
+    middle = template.width / 2 * scale
+    return [((x + 0.5) * scale - middle + SIDE / 2 - 0.5, (y + 0.5) * scale - 0.5) for x, y in points]
 
 
 def _image(pixels: np.ndarray, device: torch.device) -> Float[Tensor, "3 height width"]:

@@ -154,7 +154,7 @@ def test_a_workers_error_comes_back_as_its_sentence(session, capfd):
 def test_a_frame_is_saved_in_order_and_in_place_of_an_earlier_one(session, tmp_path):
     for count, shards in ((1000, 4), (90, 3), (2, 4)):
         frame = session.range(count).selectExpr(f"{count} - id as id", "cast(id as string) as text")
-        manifest = spark.save(frame, tmp_path, {"count": count}, shards, "id")
+        manifest = spark.save(frame, tmp_path, {"count": count}, shards, ["id"])
         assert manifest == datasets.verify(tmp_path)
         rows = pq.read_table(manifest.files(tmp_path)).to_pylist()
         assert [row["id"] for row in rows] == list(range(1, count + 1))

@@ -64,7 +64,7 @@ def main() -> None:
             for peer in PEERS if peers else ():
                 rows[peer].append(asked(peers, peer, name, severity, arguments.seconds))
             rows["kornia"].append(kornia(images, name, severity, arguments.seconds))
-        found[name] = {who: [one and round(one, 4) for one in row] for who, row in rows.items()}
+        found[name] = {who: [one and float(f"{one:.4g}") for one in row] for who, row in rows.items()}
         print(told(name, found[name]), flush=True)
     if peers is not None:
         peers.stdin.close()

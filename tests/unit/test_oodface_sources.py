@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster.errors import UserError
+from cluster.errors import JobFailure, UserError
 from jobs.oodface import sources
 from jobs.oodface.pixels import decode
 from jobs.oodface.tables import Table
@@ -169,6 +169,24 @@ def test_parquet_with_plain_bytes_in_a_folder(tmp_path):
 def test_parquet_names_its_images_itself(tmp_path):
     pq.write_table(pa.table({"image": [encoded(PIXELS)], "image_id": ["x/1.jpg"]}), tmp_path / "f.parquet")
     assert found("parquet", tmp_path / "f.parquet") == [("x/1", None)]
+
+
+def test_what_spark_leaves_beside_parquet_files_is_no_table(tmp_path):
+    for name in ("faces.parquet/part-0.parquet", "faces.parquet/_temporary/part-1.parquet", ".part-2.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": [encoded(PIXELS)]}), tmp_path / name)
+    assert [image_id for image_id, _ in found("parquet", tmp_path)] == ["faces.parquet/part-0/000000"]
+
+
+def test_a_folder_that_this_machine_does_not_see_is_no_damaged_image(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    there, gone = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    first, second = sources.contents([(there, None), (gone, None)])
+    assert (type(first), str(second)) == (bytes, "cannot be read: No such file or directory")
+    with pytest.raises(JobFailure, match=r"b\.png cannot be read on .*: No such file or directory; mend that"):
+        list(sources.contents([(str(tmp_path / "not" / "mounted" / "b.png"), None)]))
+    with pytest.raises(JobFailure, match=r"sees none of 2 images, of which .*b\.png is the last"):
+        list(sources.contents([(gone, None), (gone, None)]))
 
 
 def test_parquet_of_no_clear_column(tmp_path):

@@ -21,6 +21,7 @@ from cluster.errors import UserError
 from jobs.oodface import drawn, meter, pipeline, scoring, work
 from jobs.oodface.config import Corrupt, OodfaceConfig
 from jobs.oodface.defences import NAMES, defended
+from jobs.oodface.faces.align import ARCFACE_96, DLIB, DLIB_YUNET
 from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.job import catalogue_lines
 from jobs.oodface.protocols import Pairs
@@ -28,7 +29,8 @@ from jobs.oodface.protocols import load as load_pairs
 from jobs.oodface.randomness import keys
 from jobs.oodface.run import dry_run, prepare
 from jobs.oodface.scenarios import SCENARIOS, selected
-from jobs.oodface.work import CLEAN, Embedder, Plan, Shard, Writer, encoded
+from jobs.oodface.variations.base import fitting
+from jobs.oodface.work import CLEAN, Embedder, Plan, Shard, Writer, _points, encoded
 
 CONDITIONS = (CLEAN, ("fog", 2), ("zoom_blur", 5), ("makeup", 3))
 
@@ -114,7 +116,7 @@ def test_lossless_files_give_the_pixels_back(format):
         assert np.array_equal(pixels, (image * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def test_scores_of_which_nothing_is_left_are_refused_and_an_empty_shard_is_none(tmp_path):
+def test_scores_of_which_nothing_is_left_are_refused_and_an_empty_shard_is_none(tmp_path, monkeypatch):
     dials = load(OodfaceConfig, sets=["oodface.scenarios=[fog]", "oodface.severities=[1]"], environ={}).oodface
     files = []
     for index, images in enumerate([(), ("a", "b", "c", "d")]):
@@ -129,15 +131,35 @@ def test_scores_of_which_nothing_is_left_are_refused_and_an_empty_shard_is_none(
     pairs = Pairs(np.array([0, 0]), np.array([True, False]), ("a", "c"), ("b", "d"), ("1", "2"))
     found = scoring.score(files, pairs, (CLEAN, ("fog", 1)), dials)
     assert found["metrics"]["m"]["fixed/acc/fog/1"]["value"] == 1
+    monkeypatch.setattr(scoring, "IN_MEMORY", 1)  # a condition at a time
+    assert scoring.score(files, pairs, (CLEAN, ("fog", 1)), dials) == found
     with pytest.raises(UserError, match="not one image could be read"):
         scoring.score(files[:1], pairs, (CLEAN, ("fog", 1)), dials)
 
 
 def test_shards_follow_the_image_ids_alone():
-    rows = pa.table({"image_id": ["c", "a", "b", "e", "d"], "path": list("12345")})
+    none = pa.nulls(5, pa.int64())
+    rows = pa.table({"image_id": ["c", "a", "b", "e", "d"], "path": list("12345"), "row": none})
     cut = pipeline.tasks(rows, 2)
     assert [task.index for task in cut] == [0, 1, 2]
     assert [task.rows["image_id"].to_pylist() for task in cut] == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_rows_of_one_parquet_file_stay_together():
+    rows = pa.table({"image_id": ["a", "b", "c", "d"], "path": ["y", "x", "y", "x"], "row": [11, 2, 9, 1]})
+    cut = pipeline.tasks(rows, 2)
+    assert [task.rows["image_id"].to_pylist() for task in cut] == [["d", "b"], ["c", "a"]]
+
+
+def test_a_face_that_is_not_found_in_a_dlib_chip_has_the_chips_points():
+    for template, points in (
+        (DLIB, DLIB_YUNET.points),
+        (DLIB_YUNET, DLIB_YUNET.points),
+        (ARCFACE_96, ARCFACE_96.points),
+    ):
+        crops = torch.zeros(1, 3, template.height, template.width)
+        placed = fitting(torch.full((1, 5, 2), float("nan")), crops, _points(template))
+        assert torch.allclose(placed[0], torch.tensor(points), atol=1e-3)
 
 
 def test_what_cannot_be_read_any_more_is_listed_and_large_photographs_are_reduced(tmp_path):
