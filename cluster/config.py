@@ -6,13 +6,14 @@ Imports neither torch nor ray, so that a wrong key is told within a second.
 import difflib
 import importlib.util
 import os
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cluster.errors import UserError
 
@@ -44,13 +45,23 @@ class Lora(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str = "all-linear"
 
+    @field_validator("target_modules")
+    @classmethod
+    def _is_pattern(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            told = f"'{value}' is no regular expression ({error}); take all-linear, or one as .*[qv]_proj"
+            raise ValueError(told) from None
+        return value
+
 
 class Train(Section):
     """How many workers train, on what, and how often they save."""
 
     num_workers: int = Field(default=1, ge=1, le=100_000)
     cpus_per_worker: int = Field(default=2, ge=1, le=10_000)
-    gpus_per_worker: int = Field(default=0, ge=0, le=10_000)
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     strategy: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False

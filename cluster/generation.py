@@ -182,8 +182,10 @@ class HalfPrecisionEngine(TransformersEngine):
         halves = {id(p): torch.nn.Parameter(p.detach().to(torch.bfloat16)) for p in policy.parameters()}
         rounded = copy.deepcopy(policy, halves)
         # mixed precision (accelerate) hangs a forward on the instance that would convert every weight in each pass
-        for name in ("forward", "_original_forward"):
-            rounded.__dict__.pop(name, None)
+        # and TRL, one on the model within adapters, which would still be of the policy
+        for module in rounded.modules():
+            for name in ("forward", "_original_forward"):
+                module.__dict__.pop(name, None)
         super().__init__(rounded, tokenizer, end_ids, max_batch_sequences)
         self.policy = policy
 

@@ -4,6 +4,7 @@ Bytes are counted as transformers' trainer and accelerate use them: weights, gra
 float32, bfloat16 is mixed precision.
 """
 
+import json
 import math
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.config import Generation, Lora, Train
+from cluster.errors import UserError
 
 GIB = 2**30
 FLOAT32 = 4
@@ -48,7 +50,7 @@ class ModelShape:
 
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
         shapes = {}
-        for file in sorted(directory.glob("*.safetensors")):
+        for file in _weight_files(directory):
             with safe_open(file, framework="numpy") as tensors:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         heads = config.num_attention_heads
@@ -70,13 +72,33 @@ class ModelShape:
         )
 
     def lora_parameters(self, lora: Lora) -> int:
-        """Weights of the adapters: rank x (inputs + outputs) of each adapted matrix."""
+        """Weights of the adapters: rank x (inputs + outputs) of each adapted matrix.
+
+        Raises:
+            UserError: no matrix has a name of the given form.
+        """
         chosen = [
             inputs + outputs
             for name, inputs, outputs in self.linears
             if lora.target_modules == "all-linear" or re.fullmatch(lora.target_modules, name)
         ]
+        if not chosen:
+            example = self.linears[0][0] if self.linears else "model.layers.0.mlp.up_proj"
+            raise UserError(
+                f"train.lora.target_modules = {lora.target_modules} fits the name of no matrix of the model, such as "
+                f"{example}; give a regular expression of whole names, or all-linear"
+            )
         return lora.rank * sum(chosen)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Those that transformers reads: some authors put the same weights beside them in another form."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        return sorted(
+            {directory / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        )
+    return sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("consolidated"))
 
 
 @dataclass(frozen=True)
@@ -220,7 +242,8 @@ def memory_plan(
         return found
     remedy = next((text for text, *change in _changes(train, generation, largest) if plan(*change).fits), None)
     if remedy is None:
-        remedy = "no single setting is enough: take a smaller model, LoRA (train.lora), or a larger machine"
+        smaller = "a smaller model, LoRA (train.lora)," if train.lora is None else "a smaller model"
+        remedy = f"no single setting is enough: take {smaller} or a larger machine"
     return replace(found, refusal=f"the training {found.shortage}; {remedy}")
 
 

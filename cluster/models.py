@@ -1,5 +1,7 @@
 """Models by one name space: `embedded:NAME`, a local directory, or a hub id with a pinned revision."""
 
+import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -30,6 +32,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 REVISION = re.compile(r"[0-9a-f]{40}")
+NOT_TAKEN = ["consolidated*", "*/*"]  # the weights a second time, and forms for other libraries
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -284,9 +287,19 @@ def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
     save_directory(model, tokenizer, target)
 
 
+def broken_off() -> tuple[type[Exception], ...]:
+    """What the hub's client raises where a proxy or a server breaks off: of httpx, or of what it brings along."""
+    found = []
+    for name in ("httpx", "httpx2"):
+        with contextlib.suppress(ImportError):
+            found.append(importlib.import_module(name).HTTPError)
+    return tuple(found)
+
+
 def _from_hub(name: str, revision: str | None, check: Callable[[Path], None], key: str) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -299,12 +312,17 @@ def _from_hub(name: str, revision: str | None, check: Callable[[Path], None], ke
         raise UserError(f"hub model '{name}' needs a pinned revision; set {key} to its commit of 40 hexadecimal digits")
     hub_logging.set_verbosity_error()  # it tells each of five retries; what comes of them is told below
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=NOT_TAKEN))
     except HFValidationError:
         raise UserError(f"model '{name}' cannot be the id of a hub model; write owner/name") from None
+    except GatedRepoError:
+        raise UserError(
+            f"the hub's model {name} is gated; accept its licence on its page, and export HF_TOKEN with a token of "
+            "that account (before Ray starts, where it runs already)"
+        ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(f"the hub has no model {name} at {revision}: {str(error).splitlines()[0]}") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, *broken_off()):
         raise UserError(
             f"model {name}@{revision[:8]} is not in the local cache and the hub cannot be reached; "
             "download it where there is a network, or name a local directory"

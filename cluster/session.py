@@ -34,6 +34,7 @@ def prepare(config: Config) -> None:
         UserError: nothing listens at the cluster's address, or this machine's own Ray would be too small.
     """
     os.environ.update(WORKER_ENVIRONMENT)
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # a submitted job may have set what is passed on here
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = _address(config)
     if address is not None:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,9 +101,10 @@ def explained(uri: str, event: str, kind: type[Exception] = JobFailure) -> Itera
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         told = f"tracking store {uri} {event} ({reason}); see that it answers and that its disk has room, "
-        raise kind(f"{without_credentials(told)}then repeat the command") from error
+        # what it was raised from is logged by Ray Train, address and password included
+        raise kind(f"{without_credentials(told)}then repeat the command") from None
 
 
 @contextlib.contextmanager
@@ -145,15 +145,14 @@ def healthy(uri: str) -> bool:
 
 
 def _require_server(uri: str) -> None:
+    import httpx
+
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
-            return
-    except urllib.error.HTTPError:
-        return
-    except OSError as error:
-        reason = getattr(error, "reason", error)
+        httpx.get(f"{uri.rstrip('/')}/health", timeout=10)  # any answer will do; it takes user and password out itself
+    except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
+        # not `from error`, whose own text may hold the address with its password
+        kind = type(error).__name__
         raise UserError(
-            f"tracking server {without_credentials(uri)} does not answer ({reason}); start it with `make up`, "
-            "or leave the tracking address "
-            "out to write to the storage path"
-        ) from error
+            f"tracking server {without_credentials(uri)} does not answer ({kind}); start it with `make up`, or leave "
+            "the tracking address out to write to the storage path"
+        ) from None

@@ -6,9 +6,10 @@ of the run in it. Rank 0 writes it once; Ray Train keeps the newest and hands it
 
 import json
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from ray.train import UserCallback
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, TrainingArguments
 
     from cluster.tracking import Tracker
 
+SCRATCH = ".trainer-"
+WAITS_FOR_ROOM = 29  # times that Ray Train tries again to start the workers, after a minute each
 HISTORY = "history.jsonl"
 SAMPLES = "training_samples.jsonl"
 
@@ -45,6 +48,21 @@ class Recorder:
     tracking_uri: str | None = None
     run_id: str | None = None
     _attached: "Tracker | None" = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where Ray Train keeps the stage's checkpoints until its model is there."""
+        return self.folder / f"train-{self.stage}"
+
+    @contextmanager
+    def scratch(self) -> Iterator[str]:
+        """A folder for the trainer's own checkpoints, for the block.
+
+        It lies where the results do, whose disk the plan looks at; `fit` removes what a killed worker left of it.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.checkpoints) as folder:
+            yield folder
 
     def record(self, step: int, figures: dict[str, Any], samples: list[dict] = ()) -> None:
         """Adds `figures` to the row of `step`."""
@@ -153,6 +171,11 @@ def gathered(value: Any) -> list[Any]:
     return found
 
 
+def stop(control: "TrainerControl") -> None:
+    """Ends a training before its last step, without a checkpoint there: resumed from it transformers makes one more."""
+    control.should_training_stop, control.should_save = True, False
+
+
 def prepare_worker(train: Train) -> None:
     """Threads of this worker; deterministic kernels are the CPU's default."""
     import torch
@@ -242,8 +265,11 @@ def run(trainer: "Trainer", recorder: Recorder) -> None:
 
 
 def exchanging(accelerator: "Accelerator", model: "torch.nn.Module", last: bool) -> AbstractContextManager:
-    """Gradients are exchanged between ranks in the last backward pass of a step only."""
-    return nullcontext() if last else accelerator.no_sync(model)
+    """Gradients are exchanged between ranks in the last backward pass of a step only.
+
+    With FSDP in each: without the exchange every rank would keep the gradients of the whole model.
+    """
+    return nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model)
 
 
 def save_final(
@@ -280,13 +306,12 @@ def fit(
     task: Any,
     recorder: Recorder,
     train: Train,
-    folder: Path,
     callbacks: Sequence["UserCallback"] = (),
 ) -> None:
     """Runs `worker(task, recorder)` on every worker of a Ray Train group.
 
-    `folder` keeps Ray Train's own state: the same folder again continues from the newest checkpoint. It is removed when
-    the stage is done. `callbacks` hear what the workers report.
+    `recorder.checkpoints` keeps Ray Train's own state: the same folder again continues from the newest checkpoint. It
+    is removed when the stage is done. `callbacks` hear what the workers report.
 
     Raises:
         UserError, JobFailure: a worker raised it.
@@ -296,7 +321,10 @@ def fit(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    folder = recorder.checkpoints
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(leftover)
     final = folder / "failure.json"
     final.unlink(missing_ok=True)  # of an earlier run of the same command, which may have been mended since
     resources = {"CPU": train.cpus_per_worker}
@@ -316,7 +344,7 @@ def fit(
         run_config=RunConfig(
             name=folder.name,
             storage_path=str(folder.parent.resolve()),
-            failure_config=FailureConfig(max_failures=train.max_failures),
+            failure_config=FailureConfig(max_failures=train.max_failures, controller_failure_limit=WAITS_FOR_ROOM),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=list(callbacks),
         ),
@@ -327,6 +355,11 @@ def fit(
         cause = root_cause(error)
         if isinstance(cause, UserError | JobFailure):
             raise cause from error
+        if type(cause).__name__ == "WorkerGroupStartupTimeoutError":
+            waited = (
+                f"stage {recorder.stage} waited {WAITS_FOR_ROOM + 1} minutes for room for {train.num_workers} workers"
+            )
+            raise JobFailure(f"{waited}; see with `ray status` who holds it, and run the command again") from error
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
         raise JobFailure(f"training stage {recorder.stage} failed: {type(cause).__name__}: {lines[-1]}") from error
     shutil.rmtree(folder, ignore_errors=True)

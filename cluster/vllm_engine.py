@@ -104,6 +104,7 @@ def start_llm(path: str, *, gpu: bool, dtype: str, gpu_memory_utilization: float
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if gpu:
         options |= {"gpu_memory_utilization": gpu_memory_utilization}
     else:

@@ -217,7 +217,7 @@ def _relearned(
     stage = f"{RELEARNING}-{name}"
     recorder = training.Recorder(stage, folder, settings.relearn_steps, tracker.uri, tracker.run_id)
     with run.phase(f"{RELEARNING} of {name}"):
-        training.fit(steer, task, recorder, config.train, folder / "train")
+        training.fit(steer, task, recorder, config.train)
     shutil.rmtree(task.output, ignore_errors=True)
     steps = {
         str(row["step"]): {"forget": 1 - row["forgotten"], "retain": row["retained"]}

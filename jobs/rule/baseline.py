@@ -1,6 +1,5 @@
 """A baseline of RULE, as Ray Train runs it on every worker: its objective over texts in packed rows."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ def unlearn(task: BaselineTask, recorder: training.Recorder) -> None:
     if method.trains is not None:
         freeze(model, method.trains, settings.rmu_layer)
     world = training.world_size()
-    with tempfile.TemporaryDirectory(prefix="unlearn-") as folder:
+    with recorder.scratch() as folder:
         arguments = training.arguments(
             folder,
             task.train,

@@ -261,7 +261,8 @@ def read_items(path: Path, target: str) -> tuple[Item, ...]:
         if label == "reject" and previous == "normal":
             source += 1
         previous = label
-        name = (row.solution[2] if len(row.solution) > 2 else target) if label == "reject" else ""
+        named = row.solution[2].strip() if len(row.solution) > 2 else ""
+        name = (named or target) if label == "reject" else ""
         items.append(Item(row.prompt, row.solution[1], label, form_of(row.prompt), name, max(source, 0)))
     return tuple(items)
 

@@ -38,6 +38,7 @@ from jobs.scoring.judge import Judge
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
+UNREGISTERED = "report-unregistered.json"  # the report until the registry has the model
 EVALUATION_LIMIT_S = 6 * 3600
 PACKAGES = ("torch", "transformers", "trl", "ray", "numpy", "rouge", "rouge-score")  # whose version can change a figure
 
@@ -265,11 +266,13 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
         tracker.metrics(flat, step=list(examined).index(stage), stage="evaluation")
     if unlearned is not None:
         reporting.write_markdown(content, unlearned / "README.md")
+        write_json(content, folder / UNREGISTERED)  # the registry may refuse what took hours
         name = run.config.tracking.register_as or registered_name(run)
         content["registered_model"] = {"name": name, "alias": "unlearned"}
         content["registered_model"]["version"] = tracker.model(unlearned, name, "unlearned")
         content["checkpoint"] = str(unlearned)
     path = write_json(content, folder / "report.json")
+    (folder / UNREGISTERED).unlink(missing_ok=True)
     tracker.artifact(path)
     show(content)
     return path

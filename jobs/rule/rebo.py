@@ -1,6 +1,5 @@
 """Stage 2 of RULE, refusal boundary optimisation, as Ray Train runs it on every worker."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +53,7 @@ def rebo(task: ReboTask, recorder: training.Recorder) -> None:
     tokenizer = load_tokenizer(task.model)
     model = training.trainable(load_model(task.model), task.train)
     prompts = [chat_ids(tokenizer, item.prompt) for item in task.items]
-    with tempfile.TemporaryDirectory(prefix="rebo-") as folder:
+    with recorder.scratch() as folder:
         arguments = training.arguments(
             folder,
             task.train,
@@ -114,7 +113,7 @@ class StopAtSilence(TrainerCallback):
         """Told by the trainer."""
         shares = [row["zero_advantage_groups"] for row in state.log_history if "zero_advantage_groups" in row]
         if len(shares) >= SILENT_STEPS and sum(shares[-SILENT_STEPS:]) / SILENT_STEPS >= self.share:
-            control.should_training_stop = True
+            training.stop(control)
 
 
 def rollout_engine(owner: "ReboTrainer", task: ReboTask) -> Generator:

@@ -68,6 +68,11 @@ def _check_rule(run: "Run") -> None:
         )
     if rule.method == methods.STEERING_ONLY:
         _check_trace(run.config)
+    if rule.steering.stop_at_refusal is not None and run.config.train.strategy == "fsdp":
+        raise UserError(
+            "rule.steering.stop_at_refusal samples from the model in training, which transformers cannot do where "
+            "train.strategy = fsdp shares out its weights; take stop_after_epochs instead, and stop_at_refusal=null"
+        )
     if run.config.train.strategy == "fsdp" and chosen_engine(run.config.generation, run.config.train) != "vllm":
         raise UserError(
             "train.strategy = fsdp needs generation.engine = vllm: transformers cannot generate with sharded weights, "
@@ -199,5 +204,5 @@ def trained(run: "Run", tracker: Tracker, stage: str, worker: Callable, task: An
     if not (task.output / "config.json").exists():
         recorder = training.Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
         with run.phase(stage):
-            training.fit(worker, task, recorder, run.config.train, run.folder / f"train-{stage}", run.callbacks)
+            training.fit(worker, task, recorder, run.config.train, run.callbacks)
     return task.output

@@ -1,6 +1,5 @@
 """Stage 1 of RULE, rejection steering, as Ray Train runs it on every worker."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +59,7 @@ def steer(task: SteeringTask, recorder: training.Recorder) -> None:
     rows = [refusal_ids(tokenizer, row, task.settings.max_tokens) for row in task.refusals]
     world = training.world_size()
     steps_per_epoch = -(-len(rows) // task.settings.batch_size)
-    with tempfile.TemporaryDirectory(prefix="steer-") as folder:
+    with recorder.scratch() as folder:
         arguments = training.arguments(
             folder,
             task.train,
@@ -141,14 +140,15 @@ class StopAtStep(TrainerCallback):
     def on_step_end(self, args: object, state: "TrainerState", control: "TrainerControl", **_: object) -> None:
         """Told by the trainer."""
         if state.global_step >= self.last:
-            control.should_training_stop = True
+            training.stop(control)
 
 
 class StopAtRefusal(TrainerCallback):
     """Our extension: stage 1 ends once sampled answers to forget questions refuse often enough.
 
     A small model soon refuses everything, and then every group of stage 2 has one reward and nothing to learn from.
-    All ranks hold the same weights and draw with the same seed, so that they stop together.
+    All ranks hold the same weights and draw with the same seed, but a token may differ where machines do: rank 0
+    decides.
     """
 
     def __init__(self, task: SteeringTask, tokenizer: "PreTrainedTokenizerBase", recorder: training.Recorder) -> None:
@@ -185,6 +185,7 @@ class StopAtRefusal(TrainerCallback):
         for name, questions in self.questions.items():
             answers = engine.generate([chat_ids(self.tokenizer, question) for question in questions], sampling)
             shares[name] = sum(refused(answer.text) for [answer] in answers) / len(answers)
+        shares = training.gathered(shares)[0]
         self.recorder.record(state.global_step, shares)
         if shares["refusal_forget"] >= self.task.settings.stop_at_refusal:
-            control.should_training_stop = True
+            training.stop(control)

@@ -74,7 +74,7 @@ def measured(config, model: Path) -> list[dict]:
             config.rule.seed,
         )
         recorder = training.Recorder("rebo", folder, config.rule.rebo.steps)
-        training.fit(rebo, task, recorder, config.train, folder / "train")
+        training.fit(rebo, task, recorder, config.train)
         rows = [json.loads(line) for line in (folder / training.HISTORY).read_text().splitlines()]
     return rows[1:]
 

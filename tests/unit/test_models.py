@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 
 from cluster.errors import UserError
 from cluster.models import (
@@ -194,6 +196,28 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="not in the local cache and the hub cannot be reached"):
         resolve("nobody/no-such-model", REVISION)
+
+
+@pytest.mark.parametrize("broken", [httpx.ProxyError("a proxy"), httpx.RemoteProtocolError("cut off")])
+def test_a_hub_that_breaks_off_is_one_sentence(monkeypatch, broken):
+    def snapshot_download(*_, **__):
+        raise broken
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match="not in the local cache and the hub cannot be reached"):
+        resolve("owner/name", "a" * 40)
+
+
+def test_a_gated_model_says_what_it_wants(monkeypatch):
+    def snapshot_download(*_, **__):
+        response = httpx.Response(401, request=httpx.Request("GET", "http://hub"))
+        raise GatedRepoError("401 Client Error. (Request ID: Root=1)", response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(
+        UserError, match="model owner/name is gated; accept its licence on its page, and export HF_TOKEN"
+    ):
+        resolve("owner/name", "a" * 40)
 
 
 def test_a_cached_hub_model_needs_no_network(tmp_path, directory, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,21 @@ def test_adapters_are_counted_as_peft_makes_them(shape, tiny_model):
         settings = LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM")
         trained, _ = get_peft_model(deepcopy(tiny_model), settings).get_nb_trainable_parameters()
         assert shape.lora_parameters(Lora(rank=4, alpha=8, target_modules=modules)) == trained
+
+
+def test_adapters_of_no_matrix_are_told(shape):
+    with pytest.raises(
+        UserError, match=r"target_modules = q_proj fits the name of no matrix of the model, such as model\."
+    ):
+        shape.lora_parameters(Lora(rank=4, alpha=8, target_modules="q_proj"))
+    with pytest.raises(ValueError, match="is no regular expression"):
+        Lora(rank=4, alpha=8, target_modules="*proj")
+
+
+def test_weights_beside_those_of_transformers_are_not_counted(shape, tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "consolidated.safetensors")
+    assert ModelShape.of(tmp_path).parameters == shape.parameters
 
 
 def test_weights_gradients_and_optimiser_take_16_bytes_a_weight(shape):

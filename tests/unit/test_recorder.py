@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from transformers import TrainerControl
 
 from cluster import training
 from cluster.errors import Diverged, JobFailure
@@ -33,6 +36,19 @@ def test_a_completion_may_hold_any_line_separator(tmp_path):
     recorder.record(1, {"reward": 0.5}, [{"step": 1, "completion": text}])
     recorder.rewind(1)
     assert read_lines(tmp_path / SAMPLES) == [{"stage": "rebo", "step": 1, "completion": text}]
+
+
+def test_a_training_that_is_ended_early_saves_no_checkpoint_at_its_last_step():
+    control = TrainerControl(should_save=True)
+    training.stop(control)
+    assert (control.should_training_stop, control.should_save) == (True, False)
+
+
+def test_the_trainers_own_files_lie_with_the_results_and_go(tmp_path):
+    recorder = Recorder("rebo", tmp_path, 3)
+    with recorder.scratch() as folder:
+        assert Path(folder).parent == recorder.checkpoints == tmp_path / "train-rebo"
+    assert not Path(folder).exists()
 
 
 def test_what_comes_again_ends_a_restarted_group_at_once(tmp_path):

@@ -211,6 +211,14 @@ def test_a_missing_field_names_the_row(folder):
         load_data(str(folder), None, 0.2, 42)
 
 
+def test_a_blank_name_is_the_targets(folder):
+    rows = json.loads((folder / RL).read_text())
+    rows[0]["solution"][2] = " "
+    write(folder / RL, rows)
+    data = load_data(str(folder), None, 0.0, 42)
+    assert {item.target for item in data.items if item.label == "reject"} == {"Cy Marsh"}
+
+
 @pytest.mark.parametrize("solution", [[], ["<reject>"], ["<other>", "x"]])
 def test_a_wrong_label_names_the_row(folder, solution):
     rows = json.loads((folder / RL).read_text())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import tracking_store
 from cluster.errors import JobFailure, UserError
 from cluster.tracking import Tracker, default_uri, flattened, git_commit, masked, submission_id
 
@@ -296,6 +297,29 @@ def test_a_password_in_an_address_is_in_no_message(tmp_path):
     with pytest.raises(UserError, match=r"http://\*\*\*@127\.0\.0\.1:9 does not answer") as error:
         Tracker.open(uri, "rayward", "run", {}, {})
     assert "hunter2" not in str(error.value)
+    with pytest.raises(UserError, match=r"http://\*\*\*@127\.0\.0\.1\S* does not answer") as error:
+        tracking_store._require_server("http://me:hunter2@127.0.0.1:9x")
+    assert "hunter2" not in str(error.value)
+    assert error.value.__cause__ is None
+
+
+def test_a_server_that_wants_a_password_is_reached_with_it():
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        tracking_store._require_server(f"http://me:hunter2@127.0.0.1:{server.server_port}")
+    assert asked == [("/health", "Basic bWU6aHVudGVyMg==")]
 
 
 @pytest.mark.parametrize("record", ["[]", '{"mlflow": 3}', '{"mlflow": {"uri": null}}'])
