@@ -6,11 +6,9 @@ of the run in it. Rank 0 writes it once; Ray Train keeps the newest and hands it
 
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,8 @@ from transformers import TrainerCallback
 from cluster.cli import root_cause
 from cluster.config import Lora, Train
 from cluster.errors import Diverged, JobFailure, UserError
-from cluster.report import read_json, read_lines, write_json, write_lines
+from cluster.recorder import SCRATCH, Recorder, rank
+from cluster.report import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -27,89 +26,8 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, TrainingArguments
 
-    from cluster.tracking import Tracker
 
-SCRATCH = ".trainer-"
 WAITS_FOR_ROOM = 29  # times that Ray Train tries again to start the workers, after a minute each
-HISTORY = "history.jsonl"
-SAMPLES = "training_samples.jsonl"
-
-
-@dataclass
-class Recorder:
-    """What training shows while it runs: a line a step on the console, `history.jsonl`, and the job's MLflow run.
-
-    Only rank 0 writes. Steps after the checkpoint that a resumed run starts from are dropped and written anew.
-    """
-
-    stage: str
-    folder: Path
-    total_steps: int
-    tracking_uri: str | None = None
-    run_id: str | None = None
-    _attached: "Tracker | None" = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where Ray Train keeps the stage's checkpoints until its model is there."""
-        return self.folder / f"train-{self.stage}"
-
-    @contextmanager
-    def scratch(self) -> Iterator[str]:
-        """A folder for the trainer's own checkpoints, for the block.
-
-        It lies where the results do, whose disk the plan looks at; `fit` removes what a killed worker left of it.
-        """
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.checkpoints) as folder:
-            yield folder
-
-    def record(self, step: int, figures: dict[str, Any], samples: list[dict] = ()) -> None:
-        """Adds `figures` to the row of `step`."""
-        if rank() != 0:
-            return
-        rows = read_lines(self.folder / HISTORY)
-        here = [row for row in rows if row["stage"] == self.stage and row["step"] == step]
-        others = [row for row in rows if row not in here]
-        present = here[0] if here else {"stage": self.stage, "step": step}
-        self._write([*others, present | _nested(figures)])
-        if samples:
-            with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({"stage": self.stage, **sample}, ensure_ascii=False) + "\n" for sample in samples
-                )
-        shown = {key: value for key, value in figures.items() if isinstance(value, int | float) and "/" not in key}
-        print(
-            f"{self.stage} step {step}/{self.total_steps}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()),
-            flush=True,
-        )
-        tracker = self._tracker()
-        if tracker is not None:
-            numbers = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
-            tracker.metrics(numbers, step, self.stage)
-
-    def rewind(self, step: int) -> None:
-        """Forgets what was recorded of this stage after `step`."""
-        if rank() == 0:
-            for name in (HISTORY, SAMPLES):
-                rows = read_lines(self.folder / name)
-                self._write([row for row in rows if row["stage"] != self.stage or row["step"] <= step], name)
-
-    def note_peak(self) -> None:
-        """Keeps this worker's highest memory for the report."""
-        write_json({"gib": round(peak_memory_gib(), 2)}, self.folder / f"peak-{self.stage}.json")
-
-    def _write(self, rows: list[dict], name: str = HISTORY) -> None:
-        write_lines(rows, self.folder / name)
-
-    def _tracker(self) -> "Tracker | None":
-        if self.run_id is None or self.tracking_uri is None:
-            return None
-        from cluster.tracking import Tracker
-
-        if self._attached is None:
-            self._attached = Tracker.attach(self.tracking_uri, self.run_id)
-        return self._attached
 
 
 class CheckpointCallback(TrainerCallback):
@@ -145,13 +63,6 @@ class CheckpointCallback(TrainerCallback):
         if rank() == 0:
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
-
-
-def rank() -> int:
-    """This worker's rank, 0 outside a process group."""
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
@@ -375,28 +286,3 @@ def _told_once(worker: Callable[[Any, Recorder], None], task: Any, recorder: Rec
     except Diverged as error:
         write_json({"message": str(error)}, final)
         raise
-
-
-def _nested(figures: dict[str, Any]) -> dict[str, Any]:
-    """ "seconds/rollout" becomes {"seconds": {"rollout": ...}}."""
-    row: dict[str, Any] = {}
-    for key, value in figures.items():
-        head, slash, tail = key.partition("/")
-        if slash:
-            row.setdefault(head, {})[tail] = value
-        else:
-            row[key] = value
-    return row
-
-
-def peak_memory_gib() -> float:
-    """Highest resident memory of this process so far, in GiB."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def peaks(folder: Path) -> dict[str, float]:
-    """Highest memory of a training worker by stage, in GiB, as the recorders of a run noted it."""
-    found = {path.stem.removeprefix("peak-"): read_json(path) for path in sorted(folder.glob("peak-*.json"))}
-    return {stage: content["gib"] for stage, content in found.items() if content}

@@ -16,6 +16,7 @@ from typing import Any
 from cluster import models, session, training
 from cluster.errors import UserError, paths_named
 from cluster.generation import chosen_engine
+from cluster.recorder import HISTORY, Recorder
 from cluster.report import Metric, digest, read_json, read_lines, write_json
 from cluster.tracking import Tracker
 from jobs.rule import attack_report, job, tradeoff
@@ -215,13 +216,13 @@ def _relearned(
         trace=trace,
     )
     stage = f"{RELEARNING}-{name}"
-    recorder = training.Recorder(stage, folder, settings.relearn_steps, tracker.uri, tracker.run_id)
+    recorder = Recorder(stage, folder, settings.relearn_steps, tracker.uri, tracker.run_id)
     with run.phase(f"{RELEARNING} of {name}"):
         training.fit(steer, task, recorder, config.train)
     shutil.rmtree(task.output, ignore_errors=True)
     steps = {
         str(row["step"]): {"forget": 1 - row["forgotten"], "retain": row["retained"]}
-        for row in read_lines(folder / training.HISTORY)
+        for row in read_lines(folder / HISTORY)
         if "forgotten" in row
     }
     recalls = [1 - value for value in read_json(max((folder / "looks").iterdir()))["forgotten"]]

@@ -16,6 +16,7 @@ from cluster.config import Generation, Train
 from cluster.errors import Diverged, UserError
 from cluster.generation import policy_engine
 from cluster.models import chat_ids, load_model, load_tokenizer
+from cluster.recorder import Recorder
 from jobs.rule import methods
 from jobs.rule.config import Baseline
 from jobs.rule.corpora import Sample
@@ -55,7 +56,7 @@ class Ids:
     original: float | None
 
 
-def unlearn(task: BaselineTask, recorder: training.Recorder) -> None:
+def unlearn(task: BaselineTask, recorder: Recorder) -> None:
     """Trains `task.method` for its epochs over the first of its corpora."""
     training.prepare_worker(task.train)
     method, settings = methods.find(task.method), task.settings

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.models import load_tokenizer
+from cluster.recorder import HISTORY
 from cluster.report import read_lines
 from jobs.rule import methods
 from jobs.rule.corpora import load_corpora
 from jobs.rule.data import RuleData
-from jobs.rule.shared import HISTORY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

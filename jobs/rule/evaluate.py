@@ -77,7 +77,7 @@ def examine(task: Examination) -> Examined:
 
     from cluster.generation import open_engine
     from cluster.models import context_length, load_model, load_tokenizer
-    from cluster.training import peak_memory_gib
+    from cluster.recorder import peak_memory_gib
     from jobs.rule.benchmarks import LONGEST_PROMPT
     from jobs.rule.naturalness import perplexities
 

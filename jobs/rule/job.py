@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import models, runs, session
 from cluster.errors import paths_named
+from cluster.recorder import HISTORY, peaks
 from cluster.report import digest, read_json, read_lines, write_json
 from cluster.runs import claim, exclusively
 from cluster.tracking import Tracker, masked
@@ -235,7 +236,6 @@ def chosen_probes(run: Run) -> tuple[Probe, ...]:
 
 def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearned: Path | None) -> Path:
     """Scores, report.json, tables, plots, samples, model card; the same to MLflow."""
-    from cluster import training
     from jobs.rule.plots import plots
 
     rule, folder = run.config.rule, run.folder
@@ -247,14 +247,13 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
         }
         for stage, quality in forget_qualities(examined, rule.seed).items():
             metrics[stage]["tofu/forget_quality"] = quality
-    history = read_lines(folder / training.HISTORY)
+    history = read_lines(folder / HISTORY)
     content = provenance(run, tracker) | {
         "method": rule.method,
         "metrics": {stage: {name: m.to_json() for name, m in found.items()} for stage, found in metrics.items()},
         "seconds": run.state["seconds"],
         "step_seconds": reporting.step_seconds(history),
-        "peak_memory_gib": {stage: round(one.peak_memory_gib, 2) for stage, one in examined.items()}
-        | training.peaks(folder),
+        "peak_memory_gib": {stage: round(one.peak_memory_gib, 2) for stage, one in examined.items()} | peaks(folder),
     }
     for path in plots(content, history, folder / "plots"):
         tracker.artifact(path, "plots")

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from cluster import training
 from cluster.generation import Generator
 from cluster.models import load_model
+from cluster.recorder import Recorder, rank
 from cluster.report import write_json
 from jobs.rule.data import FORGET_KINDS
 from jobs.rule.probes import Answer, ask, probe_ids
@@ -29,7 +30,7 @@ class Looks(TrainerCallback):
         self,
         trace: Trace,
         tokenizer: "PreTrainedTokenizerBase",
-        recorder: training.Recorder,
+        recorder: Recorder,
         engine: Callable[[], Generator],
         done: Callable[[], None] = lambda: None,
     ) -> None:
@@ -55,19 +56,19 @@ class Looks(TrainerCallback):
 
         self.last = step
         probes, world = self.trace.probes, training.world_size()
-        mine = probes[training.rank() :: world]
+        mine = probes[rank() :: world]
         engine = self.engine()  # by every rank, also one without a probe: bringing in the weights may take all
         answers = ask(engine, self.tokenizer, mine, self.trace.settings, self.trace.stop) if mine else []
         self.done()
         mine_scored = list(zip([a.rouge_l_recall for a in answers], self._natural(answers, device), strict=True))
         scored = [(0.0, 0.0)] * len(probes)
-        for rank, part in enumerate(training.gathered(mine_scored)):
-            scored[rank::world] = part
+        for place, part in enumerate(training.gathered(mine_scored)):
+            scored[place::world] = part
         recalls, natural = zip(*scored, strict=True)
         found = scores(probes, recalls, natural if self.trace.original is not None else None)
         means = {axis: sum(values) / len(values) for axis, values in found.items()}
         self.recorder.record(step, means)
-        if training.rank() == 0:
+        if rank() == 0:
             write_json(found, look_file(self.recorder.folder, step))
         ray.train.report({"step": step} | means)
 

@@ -10,6 +10,7 @@ from cluster import training
 from cluster.config import Generation, Train
 from cluster.generation import Generator, chosen_engine, policy_engine
 from cluster.models import chat_ids, load_model, load_tokenizer
+from cluster.recorder import Recorder
 from jobs.rule.config import Rebo
 from jobs.rule.data import Item, schedule
 from jobs.rule.looks import Looks
@@ -39,7 +40,7 @@ class ReboTask:
     trace: Trace | None = None
 
 
-def rebo(task: ReboTask, recorder: training.Recorder) -> None:
+def rebo(task: ReboTask, recorder: Recorder) -> None:
     """On-policy reinforcement over forget and boundary questions (RULE, stage 2)."""
     if chosen_engine(task.generation, task.train) != "vllm":
         training.leave_vllm_out()

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import JobFailure
+from cluster.recorder import HISTORY
 from cluster.report import digest, read_json, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
     from jobs.rule.job import Run
 
-HISTORY = "history.jsonl"
 DEADLINE_S = 6 * 3600
 
 

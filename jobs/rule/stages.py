@@ -9,6 +9,7 @@ from cluster.errors import UserError
 from cluster.generation import chosen_engine
 from cluster.memory import ModelShape
 from cluster.plan import Plan
+from cluster.recorder import Recorder
 from cluster.tracking import Tracker
 from jobs.rule import methods, shared
 from jobs.rule.plan import baseline_plan, baseline_steps, rule_plan, settled
@@ -202,7 +203,7 @@ def trained(run: "Run", tracker: Tracker, stage: str, worker: Callable, task: An
     from cluster import training
 
     if not (task.output / "config.json").exists():
-        recorder = training.Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
+        recorder = Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
         with run.phase(stage):
             training.fit(worker, task, recorder, run.config.train, run.callbacks)
     return task.output

@@ -13,6 +13,7 @@ from cluster import training
 from cluster.config import Generation, Train
 from cluster.generation import Sampling, policy_engine
 from cluster.models import chat_ids, load_model, load_tokenizer
+from cluster.recorder import Recorder
 from jobs.rule.config import Steering
 from jobs.rule.data import Refusal
 from jobs.rule.looks import Looks
@@ -51,7 +52,7 @@ class SteeringTask:
     trace: Trace | None = None
 
 
-def steer(task: SteeringTask, recorder: training.Recorder) -> None:
+def steer(task: SteeringTask, recorder: Recorder) -> None:
     """Plain cross-entropy on the refusal alone (RULE, stage 1)."""
     training.prepare_worker(task.train)
     tokenizer = load_tokenizer(task.model)
@@ -151,7 +152,7 @@ class StopAtRefusal(TrainerCallback):
     decides.
     """
 
-    def __init__(self, task: SteeringTask, tokenizer: "PreTrainedTokenizerBase", recorder: training.Recorder) -> None:
+    def __init__(self, task: SteeringTask, tokenizer: "PreTrainedTokenizerBase", recorder: Recorder) -> None:
         spread = max(1, len(task.refusals) // CHECKED_QUESTIONS)
         forget = [row.prompt for row in task.refusals[::spread]][:CHECKED_QUESTIONS]
         self.questions = {"refusal_forget": forget}

@@ -8,13 +8,13 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
+from cluster.recorder import HISTORY
 from cluster.report import Metric, read_json, read_lines
 from jobs.rule.costs import Spent
 from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS
 from jobs.rule.evaluate import unpacked
 from jobs.rule.pareto import Point, area, front, paired_difference, verdict
 from jobs.rule.probes import Answer, known
-from jobs.rule.shared import HISTORY
 from jobs.rule.trace import AXES
 from jobs.scoring.intervals import mean_interval
 

@@ -56,6 +56,7 @@ def main() -> None:
 def measured(config, model: Path) -> list[dict]:
     """History of stage 2 without its first step."""
     from cluster import session, training
+    from cluster.recorder import HISTORY, Recorder
     from jobs.rule.data import load_data
     from jobs.rule.rebo import ReboTask, rebo
 
@@ -73,9 +74,9 @@ def measured(config, model: Path) -> list[dict]:
             config.generation,
             config.rule.seed,
         )
-        recorder = training.Recorder("rebo", folder, config.rule.rebo.steps)
+        recorder = Recorder("rebo", folder, config.rule.rebo.steps)
         training.fit(rebo, task, recorder, config.train)
-        rows = [json.loads(line) for line in (folder / training.HISTORY).read_text().splitlines()]
+        rows = [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
     return rows[1:]
 
 

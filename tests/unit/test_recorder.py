@@ -9,8 +9,8 @@ from transformers import TrainerControl
 
 from cluster import training
 from cluster.errors import Diverged, JobFailure
+from cluster.recorder import HISTORY, SAMPLES, Recorder
 from cluster.report import read_lines
-from cluster.training import HISTORY, SAMPLES, Recorder
 
 
 def test_figures_of_one_step_share_a_row(tmp_path):

@@ -135,7 +135,7 @@ def test_ranks_share_the_probes_and_their_scores_keep_the_order(looked, monkeypa
     here, parts = SimpleNamespace(rank=0), {}
     looked.looks.engine = ByRank
     monkeypatch.setattr("cluster.training.world_size", lambda: 2)
-    monkeypatch.setattr("cluster.training.rank", lambda: here.rank)
+    monkeypatch.setattr("jobs.rule.looks.rank", lambda: here.rank)
     monkeypatch.setattr("cluster.training.gathered", gathered)
     for here.rank in (1, 0):
         looked.looks._look(2, ARGUMENTS.device)
