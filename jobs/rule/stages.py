@@ -69,15 +69,15 @@ def _check_rule(run: "Run") -> None:
         )
     if rule.method == methods.STEERING_ONLY:
         _check_trace(run.config)
-    if rule.steering.stop_at_refusal is not None and run.config.train.strategy == "fsdp":
-        raise UserError(
-            "rule.steering.stop_at_refusal samples from the model in training, which transformers cannot do where "
-            "train.strategy = fsdp shares out its weights; take stop_after_epochs instead, and stop_at_refusal=null"
-        )
     if run.config.train.strategy == "fsdp" and chosen_engine(run.config.generation, run.config.train) != "vllm":
         raise UserError(
             "train.strategy = fsdp needs generation.engine = vllm: transformers cannot generate with sharded weights, "
             "for its ranks take different numbers of forward passes"
+        )
+    if rule.steering.stop_at_refusal is not None and run.config.train.strategy == "fsdp":
+        raise UserError(
+            "rule.steering.stop_at_refusal samples from the model in training, which transformers cannot do where "
+            "train.strategy = fsdp shares out its weights; take stop_after_epochs instead, and stop_at_refusal=null"
         )
 
 
