@@ -1,6 +1,7 @@
 """What a training on several workers shows and keeps while it runs; rank 0 writes it."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import JobFailure
 from cluster.report import read_json, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
 
 SCRATCH = ".trainer-"
+NOTHING = 1 << 20  # bytes that are free on a full disk
 HISTORY = "history.jsonl"
 SAMPLES = "training_samples.jsonl"
 
@@ -42,10 +45,22 @@ class Recorder:
         """A folder for the trainer's own checkpoints, for the block.
 
         It lies where the results do, whose disk the plan looks at; `fit` removes what a killed worker left of it.
+
+        Raises:
+            JobFailure: a checkpoint could not be written for want of room.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.checkpoints) as folder:
-            yield folder
+            try:
+                yield folder
+            except (OSError, RuntimeError) as error:
+                # torch's own words of a full disk are "unexpected pos 64 vs 0"
+                if shutil.disk_usage(folder).free > NOTHING:
+                    raise
+                raise JobFailure(
+                    f"No space left in {self.checkpoints} for a checkpoint; free some and run the same command again "
+                    "to continue"
+                ) from error
 
     def record(self, step: int, figures: dict[str, Any], samples: list[dict] = ()) -> None:
         """Adds `figures` to the row of `step`."""

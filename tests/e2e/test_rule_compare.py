@@ -63,7 +63,7 @@ def test_what_was_finished_stays_and_the_rest_is_done(compared):
     assert process.stdout.splitlines()[-1] == str(folder / "report.json")
     report = json.loads((folder / "report.json").read_text())
     assert list(report["metrics"]) == [*FINISHED, "gold"]
-    assert list(report["best"].values()) == FINISHED
+    assert list(report["best"].values()) == list(FINISHED)
     gold = report["metrics"]["gold"]
     assert gold["forgotten"]["value"] > 0.6
     assert gold["retained"]["value"] > 0.95

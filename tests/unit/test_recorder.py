@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerControl
@@ -49,6 +50,17 @@ def test_the_trainers_own_files_lie_with_the_results_and_go(tmp_path):
     with recorder.scratch() as folder:
         assert Path(folder).parent == recorder.checkpoints == tmp_path / "train-rebo"
     assert not Path(folder).exists()
+
+
+def test_a_full_disk_is_told_in_words(tmp_path, monkeypatch):
+    recorder = Recorder("rebo", tmp_path, 3)
+    with pytest.raises(RuntimeError, match="unexpected pos"), recorder.scratch():
+        raise RuntimeError("unexpected pos 64 vs 0")
+    monkeypatch.setattr("cluster.recorder.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(JobFailure, match=r"No space left in .*train-rebo for a checkpoint"), recorder.scratch():
+        raise RuntimeError("unexpected pos 64 vs 0")
+    with pytest.raises(JobFailure, match="another"), recorder.scratch():
+        raise JobFailure("another")
 
 
 def test_what_comes_again_ends_a_restarted_group_at_once(tmp_path):
