@@ -7,7 +7,7 @@ backward pass.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,20 @@ class RolloutBatch:
     reference: list[torch.Tensor | None]
     num_tokens: torch.Tensor
     old: list[torch.Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def references_sharded_by_block() -> Iterator[None]:
+    """TRL shards a reference as one unit, which each pass gathers whole; accelerate, as the policy, by block."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from trl.trainer import grpo_trainer
+
+    whole = grpo_trainer.prepare_fsdp
+    grpo_trainer.prepare_fsdp = lambda model, accelerator: fsdp2_prepare_model(accelerator, model).eval()
+    try:
+        yield
+    finally:
+        grpo_trainer.prepare_fsdp = whole
 
 
 class ReboTrainer(GRPOTrainer):
@@ -85,14 +99,15 @@ class ReboTrainer(GRPOTrainer):
         origin = model.config._name_or_path
         model.config._name_or_path = str(reference)
         try:
-            super().__init__(
-                model=model,
-                reward_funcs=[_never_called],
-                args=args,
-                train_dataset=dataset,
-                processing_class=tokenizer,
-                callbacks=callbacks,
-            )
+            with references_sharded_by_block():
+                super().__init__(
+                    model=model,
+                    reward_funcs=[_never_called],
+                    args=args,
+                    train_dataset=dataset,
+                    processing_class=tokenizer,
+                    callbacks=callbacks,
+                )
         finally:
             model.config._name_or_path = origin
         self.settings = settings

@@ -1,6 +1,7 @@
 """The trainers of both stages against the plain form of their losses: same loss, same gradient."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -224,3 +225,40 @@ def test_a_worker_without_vllm_does_not_import_it():
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from types import SimpleNamespace
+from accelerate import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+from trl.trainer import grpo_trainer
+from cluster.models import load_model
+from jobs.rule.trainer import references_sharded_by_block
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
+model, ids = load_model(sys.argv[1]).eval(), torch.arange(10)[None]
+with torch.no_grad():
+    before = model(ids).logits
+plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+)
+state = SimpleNamespace(fsdp_plugin=plugin)
+accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), mixed_precision="no", is_main_process=True)
+theirs = grpo_trainer.prepare_fsdp
+with references_sharded_by_block():
+    sharded = grpo_trainer.prepare_fsdp(model, accelerator)
+assert grpo_trainer.prepare_fsdp is theirs
+assert all(isinstance(block, FSDPModule) for block in sharded.model.layers)
+with torch.no_grad():
+    assert torch.equal(sharded(ids).logits, before)
+"""
+
+
+def test_a_reference_is_sharded_by_block(tiny_model, tiny_tokenizer, tmp_path):
+    folder = save_directory(tiny_model, tiny_tokenizer, tmp_path / "model")
+    arguments = [sys.executable, "-c", SHARDED, str(folder), str(tmp_path / "store")]
+    environment = os.environ | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    root = Path(__file__).resolve().parents[2]
+    ended = subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-3000:]
