@@ -103,6 +103,7 @@ def embedded_model() -> Check:
 
 def accelerator() -> Check:
     """GPUs as torch sees them, against those that the driver lists."""
+    import joblib
     import torch
 
     listed = [line.split(":")[1].split("(")[0].strip() for line in _output("nvidia-smi", "-L") if ":" in line]
@@ -115,7 +116,7 @@ def accelerator() -> Check:
     if listed:
         remedy = f"Update the driver for CUDA {torch.version.cuda}, or run on the CPU with RAYWARD_LOCK=cpu."
         return Check("GPU", "fail", f"{', '.join(listed)}, unusable by torch {torch.__version__}", remedy)
-    return Check("GPU", "ok", f"none: profile laptop, {os.cpu_count()} CPUs")
+    return Check("GPU", "ok", f"none: profile laptop, {joblib.cpu_count()} CPUs")
 
 
 def processor(cpuinfo: str) -> Check:

@@ -1,6 +1,5 @@
 """OODFace from a configuration to a report: a catalogue of the images, every scenario in shards, scores of models."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -8,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -131,7 +131,7 @@ def _catalogue(run: Run) -> catalogue.Catalogue:
     )
     with run.phase("catalogue"), runs.exclusively(folder, wait_s=3600):
         print(f"catalogue of {dials.images}: {folder}", flush=True)
-        cores = min(os.cpu_count() or 1, run.config.workers.number * run.config.workers.cpus)
+        cores = min(joblib.cpu_count(), run.config.workers.number * run.config.workers.cpus)
         master = run.config.cluster.spark_master
         found = catalogue.build(dials.layout, dials.images, folder, dials.near_duplicates, cores, master)
     for line in catalogue_lines(found.summary):
