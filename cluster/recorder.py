@@ -50,7 +50,7 @@ class Recorder:
             JobFailure: a checkpoint could not be written for want of room.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.checkpoints) as folder:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.checkpoints, ignore_cleanup_errors=True) as folder:
             try:
                 yield folder
             except (OSError, RuntimeError) as error:

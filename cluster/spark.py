@@ -178,7 +178,9 @@ def _settings(scratch: Path, cores: int, here: bool) -> dict[str, str]:
     }
     alone = {"spark.driver.bindAddress": LOOPBACK, "spark.driver.host": LOOPBACK}
     alone["spark.sql.shuffle.partitions"] = str(max(4, 2 * cores))
-    return common | (alone if here else {})
+    # where the cluster gives executors as they are needed, one to see that it has room at all
+    elsewhere = {"spark.dynamicAllocation.minExecutors": "1"}
+    return common | (alone if here else elsewhere)
 
 
 @contextmanager

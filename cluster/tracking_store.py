@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import http.client
 import logging
 import os
 import re
+import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,14 +149,21 @@ def healthy(uri: str) -> bool:
 
 
 def _require_server(uri: str) -> None:
-    import httpx
-
+    parts = urllib.parse.urlsplit(uri)
+    # urllib would take user and password for a part of the host's name
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
     try:
-        httpx.get(f"{uri.rstrip('/')}/health", timeout=10)  # any answer will do; it takes user and password out itself
-    except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
-        # not `from error`, whose own text may hold the address with its password
-        kind = type(error).__name__
+        request = urllib.request.Request(f"{bare.geturl().rstrip('/')}/health")
+        if parts.username is not None:
+            login = ":".join(map(urllib.parse.unquote, (parts.username, parts.password or "")))
+            request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+        with urllib.request.urlopen(request, timeout=10):
+            return
+    except urllib.error.HTTPError:
+        return
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
         raise UserError(
-            f"tracking server {without_credentials(uri)} does not answer ({kind}); start it with `make up`, or leave "
+            f"tracking server {without_credentials(uri)} does not answer ({reason}); start it with `make up`, or leave "
             "the tracking address out to write to the storage path"
         ) from None

@@ -235,7 +235,7 @@ def fit(
     folder = recorder.checkpoints
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{SCRATCH}*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     final = folder / "failure.json"
     final.unlink(missing_ok=True)  # of an earlier run of the same command, which may have been mended since
     resources = {"CPU": train.cpus_per_worker}

@@ -28,15 +28,19 @@ def summary(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
     paths = [[look for look in record.looks if look["step"] % plan.updates_per_step == 0] for record in looked]
     reached = [[_point(look, plan.objectives) for look in path] for path in paths]
     places = [(record, look) for record, path in zip(looked, paths, strict=True) for look in path]
-    points = [point for path in reached for point in path]
-    as_it_is = next((path for record, path in zip(looked, reached, strict=True) if not record.values), None)
+    places.sort(key=lambda place: place[1]["step"])  # of equals the one with the fewest steps is taken
+    points = [_point(look, plan.objectives) for _, look in places]
+    as_it_is = next((path for record, path in zip(looked, reached, strict=True) if not record.values), []) or None
     trained, planned = sum(record.last_step for record in looked), plan.max_steps * len(looked)
     best = max(places, key=lambda place: spanned(place[1], plan.objectives), default=None)
     return {
         "objectives": list(plan.objectives),
         "trials": [vars(record) for record in records],
         "failures": {str(record.number): record.message for record in records if record.state == FAILED},
-        "front": [_place(*places[index]) for index in nondominated(points)],
+        "front": sorted(
+            (_place(*places[index]) for index in nondominated(points)),
+            key=lambda place: (place["trial"], place["step"]),
+        ),
         "best": best and _place(*best),
         "hypervolume": {
             "all": hypervolume(points),

@@ -102,7 +102,7 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
 
     known = read_json(own.folder / "report.json")
     ended = [record for record in recorded(own.folder) if record.state != RUNNING]
-    if known is not None and len(ended) >= config.tune.rule.trials:
+    if known is not None and len(ended) >= config.tune.rule.trials and isinstance(known["best"], dict | None):
         print(f"this search is finished (--fresh starts it over): {own.folder}")
         _show(known)
         return own.folder / "report.json"

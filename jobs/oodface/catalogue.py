@@ -56,7 +56,7 @@ class Catalogue:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that stand for the images: names, bytes, and which of them can be read."""
+        """16 hexadecimal digits that stand for the images: names, identities, bytes, and which of them can be read."""
         return self.summary["digest"]
 
 
@@ -186,7 +186,9 @@ def summarise(rows: DataFrame) -> dict:
     from pyspark.sql import functions as F
 
     seen = hashlib.sha256()
-    for row in rows.select("image_id", "sha256", "readable").orderBy("image_id", "path", "row").toLocalIterator():
+    for row in (
+        rows.select("image_id", "identity", "sha256", "readable").orderBy("image_id", "path", "row").toLocalIterator()
+    ):
         seen.update(json.dumps(list(row)).encode())
 
     totals = rows.agg(
@@ -268,6 +270,7 @@ def _look_into(session: SparkSession, listing: Path, folder: Path, count: int, d
                 rows = pq.read_table(listing / f"part-{chunk:05d}.parquet").to_pylist()
                 data = sources.contents((row["path"], row["row"]) for row in rows if not row["problem"])
                 found = [look(row, UserError(row["problem"]) if row["problem"] else next(data)) for row in rows]
+                next(data, None)  # which says in the end whether this machine sees any of them
                 datasets.write_shard(folder, chunk, pa.Table.from_pylist(found, _looked_columns()))
             yield batch
 

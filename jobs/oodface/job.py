@@ -133,7 +133,8 @@ def _catalogue(run: Run) -> catalogue.Catalogue:
         print(f"catalogue of {dials.images}: {folder}", flush=True)
         cores = min(joblib.cpu_count(), run.config.workers.number * run.config.workers.cpus)
         master = run.config.cluster.spark_master
-        found = catalogue.build(dials.layout, dials.images, folder, dials.near_duplicates, cores, master)
+        with paths_named():
+            found = catalogue.build(dials.layout, dials.images, folder, dials.near_duplicates, cores, master)
     for line in catalogue_lines(found.summary):
         print(line, flush=True)
     return found

@@ -34,7 +34,9 @@ _OPENING = re.compile(
     r"(?:\W*(?:[.,;:!)\n\u2013\u2014]|\s-\s|$)|\s+(?:they|these|those|it|both|the|this|that)\b)"
 )
 _REFUSAL = re.compile(
-    r"\W*(?:(?:sorry|but)\W+)*i(?:\W?m| am)?\s+(?:sorry|afraid|unable|not able|can\W?t|cannot|can not|won\W?t)\b"
+    r"\W*(?:(?:sorry|but)\W+)*i(?:"
+    r"(?:\W?m| am)?\s+(?:sorry|afraid|unable|not able)|\s+(?:can\W?t|cannot|can not|won\W?t)\s+"
+    r"(?:\w+\s+)?(?:identify|recogni[sz]e|help|assist|compare|determine|do|answer|tell))\b"
 )
 _ENDING = re.compile(r"(?:\b(?:answer|conclusion|verdict)(?:\s+is)?|:)\W+(yes|no)\W*$")
 

@@ -180,7 +180,9 @@ def contents(places: Iterable[tuple[str, int | None]]) -> Iterator[bytes | UserE
             gone += 1
             yield UserError(f"cannot be read: {error.strerror}")
         except OSError as error:
-            raise _unseen(path, error) from None
+            if error.errno is not None:
+                raise _unseen(path, error) from None
+            yield UserError(f"cannot be read: {str(error).splitlines()[0]}")  # of a damaged page of a parquet file
         except UserError as error:
             yield error
     if gone == asked > 1:

@@ -250,28 +250,18 @@ def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
 
 def _run(entry: Entry, own: job.Run, shared: Path, address: str, processes: Processes) -> str | None:
     """Trains and evaluates one entry unless that is done; returns what it said where it failed."""
-    arguments = ["run", "--shared", str(shared)]
-    return _process(entry, _settings(entry, own, address), own.folder, arguments, own.config, processes)
-
-
-def _process(
-    entry: Entry,
-    settings: Mapping[str, Any],
-    folder: Path,
-    arguments: Sequence[str],
-    config: RuleConfig,
-    processes: Processes,
-) -> str | None:
+    folder = own.folder
     if (folder / "report.json").exists():
         print(f"[{entry.name}] is finished", flush=True)
         return None
     file, log_path = beside(folder, ".yaml"), beside(folder, ".log")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
-    command = [sys.executable, "-m", "jobs.rule", *arguments, "--config", str(file), "--out", str(folder)]
+    file.write_text(yaml.safe_dump(_settings(entry, own, address)), encoding="utf-8")
+    command = [sys.executable, "-m", "jobs.rule", "run", "--shared", str(shared)]
+    command += ["--config", str(file), "--out", str(folder)]
     last = ""
     with log_path.open("w", encoding="utf-8") as log:
-        process = processes.start(command, _environment(config))
+        process = processes.start(command, _environment(own.config))
         for line in process.stdout:
             log.write(line)
             log.flush()

@@ -84,11 +84,13 @@ def main(
     run.shared = shared_folder
     finished = run.folder / "report.json"
     known = read_json(finished)
-    if known is not None and _judge(known["configuration"]) == _judge(config.model_dump(mode="json")):
+    if known is not None and _judge(known["configuration"]) == _judge(masked(config.model_dump(mode="json"))):
         print(f"this run is finished (--fresh starts it over): {run.folder}")
         show(known)
         return finished
     with exclusively(run.folder), session.connected(config), tracked(run, "rule") as tracker:
+        if known is not None:
+            run.save(judgements=run.state.get("judgements", 0) + 1)
         examined = {"original": evaluated(run, "original", run.source.path)}
         run.trace = trace_of(config.rule, examined["original"].answers, run.source.path, run.data.target)
         for stage, model in stages.unlearning(run, tracker):
@@ -186,6 +188,7 @@ def data_digest(data: RuleData) -> str:
 def tracked(run: Run, name: str, parent: str | None = None) -> AbstractContextManager[Tracker]:
     """The job's MLflow run; see `runs.tracked`."""
     parameters = run.config.model_dump(include={"rule", "train", "generation"})
+    parameters["rule"]["evaluation"].pop("judge")  # it may change, and stands in the report
     tags = {"data_digest": data_digest(run.data), "target": run.data.target, "model": run.source.name}
     return runs.tracked(run, name, parameters, tags, parent)
 
@@ -262,7 +265,9 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
         reporting.samples_jsonl(rows, folder / "samples" / f"{stage}.jsonl")
         tracker.samples(rows, stage)
         flat = {name: metric.value for name, metric in metrics[stage].items()}
-        tracker.metrics(flat, step=list(examined).index(stage), stage="evaluation")
+        # MLflow keeps what a step has: what another judge says is a later step's
+        step = list(examined).index(stage) + len(examined) * run.state.get("judgements", 0)
+        tracker.metrics(flat, step=step, stage="evaluation")
     if unlearned is not None:
         reporting.write_markdown(content, unlearned / "README.md")
         write_json(content, folder / UNREGISTERED)  # the registry may refuse what took hours

@@ -115,9 +115,14 @@ class Chat:
         import httpx
 
         stop = threading.Event()
-        with (
+        try:
             # Loopback never goes through the proxy that the environment may name.
-            httpx.Client(headers=self._headers, trust_env=self._proxied) as client,
+            connection = httpx.Client(headers=self._headers, trust_env=self._proxied)
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+            told = "the proxy or certificates that the environment names cannot be used"
+            raise UserError(f"{self._who} cannot be asked: {told} ({str(error).splitlines()[0]}).") from None
+        with (
+            connection as client,
             ThreadPoolExecutor(self._settings.concurrency) as pool,
         ):
 

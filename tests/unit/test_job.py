@@ -11,6 +11,8 @@ import pytest
 from cluster.config import load
 from cluster.errors import UserError
 from cluster.models import ModelSource
+from cluster.report import write_json
+from cluster.tracking import masked
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import DEMO, load_data
 from jobs.rule.job import Run, claim, main, prepare
@@ -74,6 +76,28 @@ def test_a_judge_without_its_token_is_told_before_anything_runs(folder_of_data, 
     judge = "rule.evaluation.judge={base_url: http://127.0.0.1:9/v1, model: m, token_env: NO_SUCH_TOKEN}"
     with pytest.raises(UserError, match="NO_SUCH_TOKEN"):
         prepare(laptop(folder_of_data, judge), None, "")
+
+
+def test_another_judge_judges_a_finished_run_and_the_same_one_does_not(folder_of_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "secret")
+
+    def judged(model: str):
+        judge = f"rule.evaluation.judge={{base_url: http://127.0.0.1:9/v1, model: {model}, token_env: A_TOKEN}}"
+        return laptop(folder_of_data, judge)
+
+    def working(*_):
+        raise InterruptedError("it works")
+
+    identities = {prepare(config, None, "").state["identity"] for config in (judged("a"), judged("b"))}
+    assert len(identities) == 1
+    out = tmp_path / "run"
+    write_json({"identity": identities.pop()}, out / "state.json")
+    write_json({"configuration": masked(judged("a").model_dump(mode="json"))}, out / "report.json")
+    monkeypatch.setattr("jobs.rule.job.show", lambda content: None)
+    monkeypatch.setattr("jobs.rule.job.exclusively", working)
+    assert main(judged("a"), out) == out / "report.json"
+    with pytest.raises(InterruptedError):
+        main(judged("b"), out)
 
 
 def test_a_probe_longer_than_the_context_is_told(folder_of_data):

@@ -189,6 +189,16 @@ def test_a_folder_that_this_machine_does_not_see_is_no_damaged_image(tmp_path):
         list(sources.contents([(gone, None), (gone, None)]))
 
 
+def test_a_damaged_page_is_a_fault_of_the_file(tmp_path, monkeypatch):
+    def image(self, row):
+        raise OSError("Couldn't deserialize thrift: no data\nmore of it")
+
+    pq.write_table(pa.table({"image": [encoded(PIXELS)]}), tmp_path / "f.parquet")
+    monkeypatch.setattr(Table, "image", image)
+    [told] = sources.contents([(str(tmp_path / "f.parquet"), 0)])
+    assert str(told) == "cannot be read: Couldn't deserialize thrift: no data"
+
+
 def test_parquet_of_no_clear_column(tmp_path):
     pq.write_table(pa.table({"a": [b"x"], "b": [b"y"]}), tmp_path / "two.parquet")
     with pytest.raises(UserError, match=r"two\.parquet has 2 columns that could hold images \(a, b\)"):

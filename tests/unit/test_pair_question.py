@@ -179,6 +179,8 @@ def test_endpoints_are_checked_before_anything_is_made(monkeypatch):
         ("No. I'm unable to compare faces.", None),
         ("No, sorry, I am not able to.", None),
         ("No-one can tell.", None),
+        ("No, I can't see any resemblance.", False),
+        ("No, I cannot really help with that.", None),
         ("The second man has a beard. In the first there is no", None),
         ("No \u2013 they differ.", False),
         ("Answer: Yes, they look alike.", True),

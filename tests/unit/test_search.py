@@ -289,6 +289,15 @@ def test_every_look_is_a_configuration_of_so_many_steps(plan, records):
     assert report.summary(two_updates_a_step, [default, early])["front"] == front[:2]
 
 
+def test_of_equal_looks_the_one_with_the_fewest_steps_is_taken(plan):
+    slow = Record(0, {}, COMPLETE, [{"step": 6, "forgotten": 1.0, "retained": 1.0}])
+    fast = Record(1, HIGH, STOPPED, [{"step": 2, "forgotten": 1.0, "retained": 1.0}])
+    content = report.summary(plan.plan, [slow, fast])
+    assert (content["best"], content["front"]) == ({"trial": 1, "step": 2}, [{"trial": 1, "step": 2}])
+    between = replace(plan.plan, updates_per_step=4)
+    assert report.summary(between, [slow])["hypervolume"]["configuration_as_it_is"] is None
+
+
 def test_without_the_configuration_as_it_is_no_figure_stands_for_it(plan, records):
     content = report.summary(plan.plan, [Record(0, {}, FAILED, message="why"), *records[1:]]) | {"metrics": {}}
     assert content["hypervolume"]["configuration_as_it_is"] is None

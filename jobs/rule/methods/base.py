@@ -43,7 +43,7 @@ class Step(Protocol):
         ...
 
     def activations(self, corpus: Corpus) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens hidden"]]:
-        """What the steered block gives at each token: in training, and in the original (without gradient)."""
+        """What the steered block gives at each token of this worker's texts: in training, and in the original."""
         ...
 
     def direction(self) -> Float[Tensor, " hidden"]:
