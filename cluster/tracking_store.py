@@ -149,10 +149,10 @@ def healthy(uri: str) -> bool:
 
 
 def _require_server(uri: str) -> None:
-    parts = urllib.parse.urlsplit(uri)
-    # urllib would take user and password for a part of the host's name
-    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
     try:
+        parts = urllib.parse.urlsplit(uri)
+        # urllib would take user and password for a part of the host's name
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
         request = urllib.request.Request(f"{bare.geturl().rstrip('/')}/health")
         if parts.username is not None:
             login = ":".join(map(urllib.parse.unquote, (parts.username, parts.password or "")))

@@ -118,6 +118,8 @@ def _turn(image: Image.Image) -> str | None:
 
     try:
         return _TURNS.get(image.getexif().get(Base.Orientation))
+    except MemoryError:
+        raise
     except Exception:
         # an image with damaged EXIF is shown as it is stored, as everywhere else
         return None

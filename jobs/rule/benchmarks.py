@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPLITS = ("forget", "retain")
-LONGEST_PROMPT = (
-    8192  # tokens, with the answer; an engine that is opened for 128k would leave no memory for the weights
-)
+LONGEST_PROMPT = 8192  # tokens, with the answer; an engine opened for 128k would leave no memory for the weights
 
 
 @dataclass(frozen=True)

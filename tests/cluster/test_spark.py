@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -302,6 +303,15 @@ def test_the_workers_of_a_cluster_make_the_same_catalogue(build, faces, tmp_path
         for row in pq.read_table(manifest.files(tmp_path / "cluster")).to_pylist()
     }
     assert there == here
+
+
+def test_a_spark_whose_workers_take_nothing_is_told(monkeypatch):
+    monkeypatch.setattr(spark, "EXECUTOR_DEADLINE_S", 0)
+    alone = SimpleNamespace(size=lambda: 1)
+    context = SimpleNamespace(sc=lambda: SimpleNamespace(getExecutorMemoryStatus=lambda: alone))
+    session = SimpleNamespace(sparkContext=SimpleNamespace(_jsc=context))
+    with pytest.raises(UserError, match="no worker of the Spark at spark://busy:7077 took this job within 0 s"):
+        spark._require_executor(session, "spark://busy:7077")
 
 
 def test_a_spark_that_does_not_answer_is_told_at_once():

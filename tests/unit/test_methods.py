@@ -186,6 +186,11 @@ def test_rmu_trains_three_blocks_at_most(model):
     assert trained == ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
 
 
+def test_a_model_without_the_weights_that_a_method_trains_is_told(model):
+    with pytest.raises(UserError, match=r"no weights that end in layers\.0\.mlp\.no_such"):
+        freeze(model, "mlp.no_such", 1)
+
+
 def test_texts_are_cut_and_end_with_the_end_token(model, tokenizer):
     short, cut, chat = sample_ids(model, tokenizer, TEXTS, 8, False, Train())
     assert (short.prompt, short.completion[-1]) == ([tokenizer.bos_token_id], tokenizer.eos_token_id)

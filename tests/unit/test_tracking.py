@@ -301,6 +301,8 @@ def test_a_password_in_an_address_is_in_no_message(tmp_path):
         tracking_store._require_server("http://me:hunter2@127.0.0.1:9x")
     assert "hunter2" not in str(error.value)
     assert error.value.__cause__ is None
+    with pytest.raises(UserError, match=r"http://\[::1 does not answer \(Invalid IPv6 URL\)"):
+        tracking_store._require_server("http://[::1")
 
 
 def test_a_server_that_wants_a_password_is_reached_with_it():
