@@ -8,12 +8,13 @@ import importlib.util
 import os
 import re
 import reprlib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import UserError
 
@@ -70,6 +71,16 @@ class Train(Section):
     max_failures: int = Field(default=2, ge=0, le=10_000)
     lora: Lora | None = None
 
+    @model_validator(mode="after")
+    def _recomputes_what_it_computed(self) -> "Train":
+        dropout = self.lora.dropout if self.lora is not None else 0
+        if dropout and self.strategy == "fsdp" and self.activation_checkpointing:
+            raise ValueError(
+                f"lora.dropout = {dropout} with strategy = fsdp and activation_checkpointing = true: the recomputation "
+                "would drop other units; take dropout 0, or no checkpointing"
+            )
+        return self
+
 
 class Generation(Section):
     """The engine that writes completions, in training rollouts and in evaluation."""
@@ -100,14 +111,28 @@ class Config(Section):
     """The sections that every job has; a job adds its own."""
 
     cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+
+    @property
+    @abstractmethod
+    def workers(self) -> Workers:
+        """What the cluster must have room for."""
+
+
+class TrainingConfig(Config):
+    """The sections of a job that trains a language model."""
+
     train: Train = Train()
     generation: Generation = Generation()
-    tracking: Tracking = Tracking()
 
     @property
     def workers(self) -> Workers:
         """What the cluster must have room for."""
         return Workers("train", self.train.num_workers, self.train.cpus_per_worker, self.train.gpus_per_worker)
+
+    def alone(self) -> Self:
+        """The same with one worker: what a job needs that asks a model and trains none."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"num_workers": 1})})
 
 
 SomeConfig = TypeVar("SomeConfig", bound=Config)
@@ -162,13 +187,14 @@ def load(
         if not equals or not key:
             raise UserError(f"--set {assignment} is not of the form section.key=value")
         origin = f"--set {assignment if len(assignment) <= 200 else f'{assignment[:197]}...'}"
+        _require_read(schema, key.strip().partition(".")[0], origin)
         values = laid(_nest(key.strip(), text, origin), origin)
     mine = {key: value for key, value in values.items() if key in schema.model_fields or not _is_another_system(key)}
     try:
         config = schema.model_validate(mine)
     except ValidationError as error:
         raise UserError("; ".join(_sentences(error, schema, origins))) from None
-    if config.train.precision != "auto":
+    if not isinstance(config, TrainingConfig) or config.train.precision != "auto":
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": fast_precision(config)})})
 
@@ -192,7 +218,7 @@ def overlaid(config: SomeConfig, values: Mapping[str, Any], origin: str) -> Some
         raise UserError("; ".join(_sentences(error, type(config), origins))) from None
 
 
-def fast_precision(config: Config, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["float32", "bfloat16"]:
+def fast_precision(config: TrainingConfig, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["float32", "bfloat16"]:
     """What `train.precision = auto` stands for: bfloat16 on GPUs and on processors with AMX.
 
     Elsewhere on CPUs bfloat16 is slow, up to ten times where it is emulated.
@@ -249,8 +275,20 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def _require_read(schema: type[BaseModel], section: str, origin: str) -> None:
+    """What stands in a file may be for another command; what is typed after one is for that one."""
+    if section not in schema.model_fields and _is_another_system(section):
+        raise UserError(
+            f"{origin}: this command does not read the section {section}; it reads {', '.join(schema.model_fields)}"
+        )
+
+
 def _is_another_system(key: str) -> bool:
-    return key == "tune" or (key.isidentifier() and importlib.util.find_spec(f"jobs.{key}") is not None)
+    return (
+        key == "tune"
+        or key in TrainingConfig.model_fields
+        or (key.isidentifier() and importlib.util.find_spec(f"jobs.{key}") is not None)
+    )
 
 
 def _read(path: Path) -> dict:

@@ -4,9 +4,8 @@ Bytes are counted as transformers' trainer and accelerate use them: weights, gra
 float32, bfloat16 is mixed precision.
 """
 
-import json
 import math
-import re
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,91 +13,18 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.config import Generation, Lora, Train
-from cluster.errors import UserError
+from cluster.model_shape import ModelShape
 
 GIB = 2**30
 FLOAT32 = 4
 # Measured: a process with torch, transformers and trl, plus what the allocator keeps of freed memory.
 PROCESS = round(1.0 * GIB)
+VLLM_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB; one where it is not set
 # Ray's own processes, the object store (which carries tasks and results only) and the driver.
 RESERVE = 3 * GIB
 # Ray kills workers above this share of the node's memory; a full GPU fragments.
 USABLE = 0.95
 Phase = Literal["always", "rollout", "update"]
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What memory depends on. `linears` are name, inputs and outputs of each matrix inside the layers."""
-
-    parameters: int
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    context: int
-    linears: tuple[tuple[str, int, int], ...]
-
-    @classmethod
-    def of(cls, directory: Path) -> "ModelShape":
-        """The model in a checked Hugging Face directory; only its configuration and safetensors headers are read."""
-        from safetensors import safe_open
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
-        shapes = {}
-        for file in _weight_files(directory):
-            with safe_open(file, framework="numpy") as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-        heads = config.num_attention_heads
-        return cls(
-            parameters=sum(math.prod(shape) for shape in shapes.values()),
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocabulary=config.vocab_size,
-            context=config.max_position_embeddings,
-            linears=tuple(
-                (name.removesuffix(".weight"), shape[1], shape[0])
-                for name, shape in shapes.items()
-                if len(shape) == 2 and re.search(r"\.\d+\.", name)
-            ),
-        )
-
-    def lora_parameters(self, lora: Lora) -> int:
-        """Weights of the adapters: rank x (inputs + outputs) of each adapted matrix.
-
-        Raises:
-            UserError: no matrix has a name of the given form.
-        """
-        chosen = [
-            inputs + outputs
-            for name, inputs, outputs in self.linears
-            if lora.target_modules == "all-linear" or re.fullmatch(lora.target_modules, name)
-        ]
-        if not chosen:
-            example = self.linears[0][0] if self.linears else "model.layers.0.mlp.up_proj"
-            raise UserError(
-                f"train.lora.target_modules = {lora.target_modules} fits the name of no matrix of the model, such as "
-                f"{example}; give a regular expression of whole names, or all-linear"
-            )
-        return lora.rank * sum(chosen)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """Those that transformers reads: some authors put the same weights beside them in another form."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        return sorted(
-            {directory / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        )
-    return sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("consolidated"))
 
 
 @dataclass(frozen=True)
@@ -135,8 +61,9 @@ class MemoryPlan:
     """Memory of one stage. All sizes in bytes.
 
     place: "memory" or "GPU memory", where a worker's rows lie. present: what that place has for a worker's share, None
-    where it could not be checked. engine: of generation engines in processes of their own, on this node.
+    where it could not be checked. engine: of the vLLM engines in the workers of this node.
     host: what loading takes of the node's memory when training is on GPUs. checkpoint: the most on disk at once.
+    least_engine: with less of a GPU vLLM would not start.
     """
 
     rows: tuple[MemoryRow, ...]
@@ -147,6 +74,7 @@ class MemoryPlan:
     host: int
     checkpoint: int
     node: Node
+    least_engine: int = 0
     refusal: str | None = None
 
     @property
@@ -172,6 +100,12 @@ class MemoryPlan:
         """What is too little, in words; None too where training is on GPUs and this machine has none to compare."""
         if self.present is None:
             return None
+        share = next((row.size for row in self.rows if row.name == "engine"), self.least_engine)
+        if share < self.least_engine:
+            return (
+                f"has {gib(share)} of a GPU for vLLM (generation.gpu_memory_utilization), which needs "
+                f"{gib(self.least_engine)} for weights, cache and working memory"
+            )
         if self.needed > self.present:
             return f"needs {gib(self.needed)} of {self.place}, but {gib(self.present)} are usable"
         host = USABLE * self.node.memory - RESERVE
@@ -226,34 +160,44 @@ def memory_plan(
     rollouts: Rollouts = Rollouts(),
     reference: bool = False,
     colocated_engine: bool = False,
+    trained: int | None = None,
 ) -> MemoryPlan:
     """What a stage needs against what this node has, with a refusal and the smallest change where it does not fit.
 
     Args:
         reference: whether a frozen second model is held (LoRA needs none: its adapters are switched off).
         colocated_engine: whether vLLM makes the rollouts, with weights of its own, instead of the policy itself.
+        trained: number of weights that are trained; None trains all, or the adapters.
     """
 
     def plan(train: Train, generation: Generation, largest: Pass) -> MemoryPlan:
-        return _plan(shape, train, generation, node, largest, rollouts, reference, colocated_engine)
+        return _plan(shape, train, generation, node, largest, rollouts, reference, colocated_engine, trained)
 
     found = plan(train, generation, largest)
     if found.fits:
         return found
-    remedy = next((text for text, *change in _changes(train, generation, largest) if plan(*change).fits), None)
+    changes = _changes(train, generation, largest, adaptable=trained is None)
+    remedy = next((text for text, *change in changes if plan(*change).fits), None)
     if remedy is None:
-        smaller = "a smaller model, LoRA (train.lora)," if train.lora is None else "a smaller model"
+        adaptable = train.lora is None and trained is None
+        smaller = "a smaller model, LoRA (train.lora)," if adaptable else "a smaller model"
         remedy = f"no single setting is enough: take {smaller} or a larger machine"
     return replace(found, refusal=f"the training {found.shortage}; {remedy}")
 
 
-def _changes(train: Train, generation: Generation, largest: Pass) -> Iterator[tuple[str, Train, Generation, Pass]]:
+def _changes(
+    train: Train, generation: Generation, largest: Pass, adaptable: bool
+) -> Iterator[tuple[str, Train, Generation, Pass]]:
     """Changes of one setting, the least harmful first."""
     for setting, smaller in largest.smaller():
         yield f"set {setting}", train, generation, smaller
     if not train.activation_checkpointing:
         changed = train.model_copy(update={"activation_checkpointing": True})
         yield "set train.activation_checkpointing=true", changed, generation, largest
+    for share in (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9):
+        if train.gpus_per_worker and share > generation.gpu_memory_utilization:
+            changed = generation.model_copy(update={"gpu_memory_utilization": share})
+            yield f"set generation.gpu_memory_utilization={share}", train, changed, largest
     for size in (64, 32, 16, 8):
         if size < generation.max_batch_sequences:
             changed = generation.model_copy(update={"max_batch_sequences": size})
@@ -264,7 +208,7 @@ def _changes(train: Train, generation: Generation, largest: Pass) -> Iterator[tu
     fewer = [n for n in range(train.num_workers - 1, 0, -1) if train.num_workers % n == 0 and not train.gpus_per_worker]
     for number in fewer:
         yield f"set train.num_workers={number}", train.model_copy(update={"num_workers": number}), generation, largest
-    if train.lora is None:
+    if train.lora is None and adaptable:
         changed = train.model_copy(update={"lora": Lora(rank=16, alpha=32)})
         yield "train LoRA adapters (train.lora.rank=16, train.lora.alpha=32)", changed, generation, largest
 
@@ -278,12 +222,15 @@ def _plan(
     rollouts: Rollouts,
     reference: bool,
     colocated_engine: bool,
+    chosen: int | None,
 ) -> MemoryPlan:
     gpu = bool(train.gpus_per_worker)
     shards = train.num_workers if train.strategy == "fsdp" else 1
     weights = shape.parameters * FLOAT32
-    trained = weights if train.lora is None else shape.lora_parameters(train.lora) * FLOAT32
-    adapters = 0 if train.lora is None else trained
+    trained = weights if chosen is None else chosen * FLOAT32
+    adapters = 0
+    if train.lora is not None:
+        trained = adapters = shape.lora_parameters(train.lora) * FLOAT32
     shared = f"1/{shards} of the model" if shards > 1 else ""
     rows = [
         MemoryRow("weights", (weights + adapters) // shards, "always", shared or "float32"),
@@ -295,7 +242,7 @@ def _plan(
         rows.insert(2, MemoryRow("reference", weights // shards, "always", shared or "frozen"))
     here = train.num_workers
     present: int | None = round(USABLE * node.memory) - RESERVE
-    engine = host = 0
+    engine = host = floor = 0
     if gpu:
         here = min(here, max(1, len(node.gpus) // train.gpus_per_worker))
         present = round(USABLE * min(node.gpus)) if node.gpus else None
@@ -307,15 +254,16 @@ def _plan(
     elif rollouts.sequences:
         size = _engine(shape, train, generation, node, rollouts)
         if gpu:
-            rows.append(
-                MemoryRow("engine", size, "always", f"vLLM, {generation.gpu_memory_utilization:.0%} of the GPU")
-            )
+            share = f"vLLM, {generation.gpu_memory_utilization:.0%} of the GPU"
+            rows.append(MemoryRow("engine", size, "always", share))
+            floor = _least_engine(shape, train, rollouts)
         else:
             engine = here * size
     # A checkpoint is written before the last one goes, once by the trainer and once where Ray Train keeps it.
-    checkpoint = 4 * 3 * trained
+    saved = adapters or weights
+    checkpoint = 4 * (saved + 2 * trained)
     place = "GPU memory" if gpu else "memory"
-    return MemoryPlan(tuple(rows), place, here, present, engine, host, checkpoint, node)
+    return MemoryPlan(tuple(rows), place, here, present, engine, host, checkpoint, node, floor)
 
 
 def _update_rows(shape: ModelShape, train: Train, largest: Pass, shards: int, trained: int) -> Iterator[MemoryRow]:
@@ -372,10 +320,17 @@ def _rollout_rows(
 def _engine(shape: ModelShape, train: Train, generation: Generation, node: Node, rollouts: Rollouts) -> int:
     if node.gpus and train.gpus_per_worker:
         return round(generation.gpu_memory_utilization * min(node.gpus))
+    if not train.gpus_per_worker:  # vLLM's CPU build computes in float32, and takes its cache whole
+        return shape.parameters * FLOAT32 + int(os.environ.get(VLLM_CACHE, "1")) * GIB
     element = 2 if train.precision == "bfloat16" else FLOAT32
     cache = min(rollouts.sequences, generation.max_batch_sequences) * rollouts.tokens * _kv(shape, element)
-    process = 0 if train.gpus_per_worker else PROCESS
-    return process + shape.parameters * element + cache
+    return shape.parameters * element + cache
+
+
+def _least_engine(shape: ModelShape, train: Train, rollouts: Rollouts) -> int:
+    """Weights, the cache of one sequence, and what vLLM takes for its passes and captured graphs."""
+    element = 2 if train.precision == "bfloat16" else FLOAT32
+    return shape.parameters * element + rollouts.tokens * _kv(shape, element) + 2 * GIB
 
 
 def _kv(shape: ModelShape, element: int) -> int:

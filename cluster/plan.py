@@ -128,7 +128,7 @@ def _memory_table(stage: str, memory: MemoryPlan) -> "Table":
     table.add_section()
     table.add_row("peak of a worker", f"{memory.per_worker / GIB:.2f}", "", "always + the larger of rollout and update")
     if memory.engine:
-        table.add_row("generation engines", f"{memory.engine / GIB:.2f}", "", "vLLM, in processes of their own")
+        table.add_row("generation engines", f"{memory.engine / GIB:.2f}", "", "vLLM, in the workers")
     if memory.host:
         table.add_row("loading, host memory", f"{memory.host / GIB:.2f}", "", f"{memory.workers_here} workers")
     table.add_row("checkpoints on disk", f"{memory.checkpoint / GIB:.2f}", "", f"{gib(memory.node.disk_free)} free")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import JobFailure
 from cluster.report import read_json, read_lines, write_json, write_lines
@@ -94,8 +94,14 @@ class Recorder:
                 self._write([row for row in rows if row["stage"] != self.stage or row["step"] <= step], name)
 
     def note_peak(self) -> None:
-        """Keeps this worker's highest memory for the report."""
-        write_json({"gib": round(peak_memory_gib(), 2)}, self.folder / f"peak-{self.stage}.json")
+        """Keeps this worker's highest memory for the report, and that of its GPU."""
+        import torch
+
+        found = {"gib": peak_memory_gib()}
+        if torch.cuda.is_available():
+            found["gpu_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        rounded = {name: round(value, 2) for name, value in found.items()}
+        write_json(rounded, self.folder / f"peak-{self.stage}.json")
 
     def _write(self, rows: list[dict], name: str = HISTORY) -> None:
         write_lines(rows, self.folder / name)
@@ -124,10 +130,10 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def peaks(folder: Path) -> dict[str, float]:
-    """Highest memory of a training worker by stage, in GiB, as the recorders of a run noted it."""
+def peaks(folder: Path, of: Literal["gib", "gpu_gib"] = "gib") -> dict[str, float]:
+    """Highest memory of a training worker, or of its GPU, by stage, in GiB, as the recorders of a run noted it."""
     found = {path.stem.removeprefix("peak-"): read_json(path) for path in sorted(folder.glob("peak-*.json"))}
-    return {stage: content["gib"] for stage, content in found.items() if content}
+    return {stage: content[of] for stage, content in found.items() if content and of in content}
 
 
 def _nested(figures: dict[str, Any]) -> dict[str, Any]:

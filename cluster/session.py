@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import processes
-from cluster.config import Config
+from cluster.config import Config, TrainingConfig
 from cluster.errors import JobFailure, UserError
 
 # Ray redirects print() in training workers, which breaks dill's use of dis inside `datasets` (thousands of log lines).
@@ -109,7 +109,7 @@ def connected(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def on_worker(function, config: Config, *arguments, seconds: float):
+def on_worker(function, config: TrainingConfig, *arguments, seconds: float):
     """`function(*arguments)` in a Ray task that has what a training worker has; its process ends with it.
 
     Raises:

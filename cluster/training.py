@@ -130,6 +130,8 @@ def arguments(
     folder: str, train: Train, seed: int, config_class: "type[TrainingArguments] | None" = None, **settings: Any
 ) -> "TrainingArguments":
     """Trainer arguments common to all stages; weights stay float32, bfloat16 is mixed precision."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from transformers import TrainingArguments
 
     sharded = {}
@@ -138,7 +140,7 @@ def arguments(
             "fsdp": True,
             "fsdp_config": {"version": 2, "activation_checkpointing": train.activation_checkpointing},
         }
-    return (config_class or TrainingArguments)(
+    chosen = (config_class or TrainingArguments)(
         output_dir=folder,
         use_cpu=not train.gpus_per_worker,
         bf16=train.precision == "bfloat16",
@@ -156,6 +158,12 @@ def arguments(
         **sharded,
         **settings,
     )
+    if chosen.fsdp_plugin_args is not None and chosen.bf16:
+        half = torch.bfloat16
+        # accelerate's own would add up the workers' gradients in bfloat16
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, output_dtype=half)
+        chosen.fsdp_plugin_args["mixed_precision_policy"] = policy
+    return chosen
 
 
 def run(trainer: "Trainer", recorder: Recorder) -> None:

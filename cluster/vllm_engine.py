@@ -14,6 +14,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from cluster.config import Generation, Train
 from cluster.errors import UserError
 from cluster.generation import Completion, Sampling, cut, stopped_after
+from cluster.memory import VLLM_CACHE
 from cluster.models import load_tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class VllmEngine:
 class RolloutEngine(VLLMGeneration):
     """vLLM in the training process: TRL's weight names and FSDP gathering, Rayward's interface."""
 
-    def __init__(self, trainer: "GRPOTrainer", settings: Generation, max_tokens: int) -> None:
+    def __init__(self, trainer: "GRPOTrainer", settings: Generation, train: Train, max_tokens: int) -> None:
+        self.dtype = train.precision
         self.gpu = trainer.accelerator.device.type == "cuda"
         super().__init__(
             trainer.model,
@@ -70,7 +72,7 @@ class RolloutEngine(VLLMGeneration):
         self.llm = start_llm(
             self.model.name_or_path,
             gpu=self.gpu,
-            dtype="bfloat16" if self.gpu else "float32",
+            dtype=self.dtype,
             max_model_len=self.max_model_length,
             max_num_seqs=self.max_num_seqs,
             gpu_memory_utilization=self.gpu_memory_utilization,
@@ -108,7 +110,7 @@ def start_llm(path: str, *, gpu: bool, dtype: str, gpu_memory_utilization: float
     if gpu:
         options |= {"gpu_memory_utilization": gpu_memory_utilization}
     else:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault(VLLM_CACHE, "1")
         # Bound threads would all sit on one core, with the training threads of this process beside them.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         options |= {"enforce_eager": True}

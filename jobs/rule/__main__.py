@@ -57,11 +57,15 @@ def compare(
     sets: cli.Set = None,
     out: cli.Out = None,
     fresh: cli.Fresh = False,
+    dry_run: cli.DryRun = False,
 ) -> None:
     """Unlearn the target by several methods and show what each trades for what: table, plot, front, differences."""
     loaded = load(RuleConfig, profile, config or [], sets or [])
     from jobs.rule import compare as comparison
 
+    if dry_run:
+        comparison.dry_run(loaded, comparison.entries(chosen), gold)
+        return
     print(comparison.compare(loaded, comparison.entries(chosen), out, fresh, _command(), gold))
 
 
@@ -78,11 +82,15 @@ def evaluate(
     sets: cli.Set = None,
     out: cli.Out = None,
     fresh: cli.Fresh = False,
+    dry_run: cli.DryRun = False,
 ) -> None:
     """Every metric whose files lie in the data folder: probes, membership inference, utility sets, MUSE, TOFU."""
     loaded = load(RuleConfig, profile, config or [], sets or [])
     from jobs.rule import job
 
+    if dry_run:
+        job.dry_evaluation(loaded, model, gold)
+        return
     print(job.evaluate(loaded, model, gold, out, fresh, _command()))
 
 
@@ -99,11 +107,15 @@ def attack(
     sets: cli.Set = None,
     out: cli.Out = None,
     fresh: cli.Fresh = False,
+    dry_run: cli.DryRun = False,
 ) -> None:
     """Try to bring back what was forgotten: rewording, prefilling, sampling, quantisation, relearning."""
     loaded = load(RuleConfig, profile, config or [], sets or [])
     from jobs.rule import attack as attacks
 
+    if dry_run:
+        attacks.dry_run(loaded, attacks.chosen(model or [], comparison))
+        return
     print(attacks.attack(loaded, attacks.chosen(model or [], comparison), out, fresh, _command()))
 
 
@@ -113,11 +125,15 @@ def passages(
     profile: cli.Profile = None,
     config: cli.ConfigFile = None,
     sets: cli.Set = None,
+    dry_run: cli.DryRun = False,
 ) -> None:
     """Have the original model write the texts that the baselines train on; others.json in the data names the others."""
     loaded = load(RuleConfig, profile, config or [], sets or [])
     from jobs.rule import passages as texts
 
+    if dry_run:
+        texts.dry_run(loaded, out)
+        return
     for path in texts.passages(loaded, out):
         print(path)
 

@@ -16,6 +16,7 @@ from typing import Any
 from cluster import models, session, training
 from cluster.errors import UserError, paths_named
 from cluster.generation import chosen_engine
+from cluster.plan import Plan
 from cluster.recorder import HISTORY, Recorder
 from cluster.report import Metric, digest, read_json, read_lines, write_json
 from cluster.tracking import Tracker
@@ -71,25 +72,11 @@ def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fres
     Raises:
         UserError: a model that cannot be read or is too short of context, too few known probes, or no room to relearn.
     """
-    rule = config.rule
-    if config.train.strategy == "fsdp":
-        raise UserError(
-            "attack asks models in training, which train.strategy = fsdp does not let it; take ddp, and for a large "
-            "model adapters (train.lora)"
-        )
     with paths_named():
-        folder = data_folder(rule.data)
-        sources = {
-            name: in_form(rule, models.resolve_directory(place, "--model"), folder) for name, place in named.items()
-        }
-        pinned = digest([[name, source.version] for name, source in sources.items()])
-        run = job.prepare(config, out, command, what=f"attack-{pinned[:6]}")
-        longest = [replace(probe, query=LONGEST(probe.query)) for probe in run.data.probes if probe.kind in KINDS]
-        for source in sources.values():
-            check_lengths(source.path, longest, rule.evaluation)
-        rule_plan(config, run.data, run.source.path, ("steering",)).require_fit()
+        run, paths, plan = _prepared(config, named, out, command)
+        plan.require_fit()
         job.claim(run, fresh)
-    paths = {ORIGINAL: run.source.path} | {name: source.path for name, source in sources.items()}
+    rule = config.rule
     known = read_json(run.folder / "report.json")
     if known is not None:
         print(f"these attacks are finished (--fresh starts them over): {run.folder}")
@@ -119,6 +106,37 @@ def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fres
             tracker.artifact(artifact)
     attack_report.show(content)
     return path
+
+
+def dry_run(config: RuleConfig, named: Mapping[str, Path]) -> None:
+    """Checks what `attack` would, and prints the models and what relearning would take."""
+    with paths_named():
+        run, paths, plan = _prepared(config, named, None, "")
+    job.print_settings(run)
+    print(f"models: {', '.join(paths)}")
+    for stage, memory in plan.memory.items():  # the batches are those of the relearning, and known when answers are
+        Plan((), {f"{RELEARNING}, as {stage}": memory}).show()
+    plan.require_fit()
+
+
+def _prepared(
+    config: RuleConfig, named: Mapping[str, Path], out: Path | None, command: str
+) -> tuple[job.Run, dict[str, Path], Plan]:
+    rule = config.rule
+    if config.train.strategy == "fsdp":
+        raise UserError(
+            "attack asks models in training, which train.strategy = fsdp does not let it; take ddp, and for a large "
+            "model adapters (train.lora)"
+        )
+    folder = data_folder(rule.data)
+    sources = {name: in_form(rule, models.resolve_directory(path, "--model"), folder) for name, path in named.items()}
+    pinned = digest([[name, source.version] for name, source in sources.items()])
+    run = job.prepare(config, out, command, what=f"attack-{pinned[:6]}")
+    longest = [replace(probe, query=LONGEST(probe.query)) for probe in run.data.probes if probe.kind in KINDS]
+    for source in sources.values():
+        check_lengths(source.path, longest, rule.evaluation)
+    paths = {ORIGINAL: run.source.path} | {name: source.path for name, source in sources.items()}
+    return run, paths, rule_plan(config, run.data, run.source.path, ("steering",))
 
 
 def split(answers: Sequence[Answer], config: RuleConfig) -> tuple[tuple[Refusal, ...], tuple[Probe, ...]]:
@@ -159,8 +177,17 @@ def _scores(run: job.Run, name: str, path: Path, probes: tuple[Probe, ...]) -> d
         if known is None:
             print(f"asking {name}", flush=True)
             task = AttackTask(
-                path, probes, rule.attack, rule.evaluation, config.generation, config.train, rule.seed, bits
+                path,
+                probes,
+                rule.attack,
+                rule.evaluation,
+                config.generation,
+                config.train,
+                rule.seed,
+                kept.parent,
+                bits,
             )
+            kept.parent.mkdir(parents=True, exist_ok=True)
             with run.phase(f"asking {name}, {kept.stem}"):
                 known = session.on_worker(attacked, config, task, seconds=LIMIT_S)
             write_json(known, kept)

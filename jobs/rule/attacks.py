@@ -48,7 +48,10 @@ GROUP = 64  # weights that share a scale in 4 bits
 
 @dataclass(frozen=True)
 class AttackTask:
-    """What a worker asks of which model: in all ways for None among `bits`, plainly with weights of so many bits."""
+    """What a worker asks of which model: in all ways for None among `bits`, plainly with weights of so many bits.
+
+    `scratch` is a folder with room for one such model in float32.
+    """
 
     model: Path
     probes: tuple[Probe, ...]
@@ -57,6 +60,7 @@ class AttackTask:
     generation: Generation
     train: Train
     seed: int
+    scratch: Path
     bits: tuple[int | None, ...] = (None,)
 
 
@@ -71,7 +75,7 @@ def attacked(task: AttackTask) -> dict[str, list[float]]:
             engine = open_engine(task.model, task.generation, task.train, longest, task.seed)
             found |= _asked_in_all_ways(engine, tokenizer, task)
             continue
-        with tempfile.TemporaryDirectory(prefix="quantised-") as folder:
+        with tempfile.TemporaryDirectory(prefix=".quantised-", dir=task.scratch) as folder:
             rounded_model = save_directory(quantise(load_model(task.model), bits), tokenizer, Path(folder) / "model")
             engine = open_engine(rounded_model, task.generation, task.train, longest, task.seed)
             found[f"quantisation/{bits} bits"] = _plainly(engine, tokenizer, task.probes, task.evaluation)

@@ -15,7 +15,7 @@ from cluster import training
 from cluster.config import Generation, Train
 from cluster.errors import Diverged, UserError
 from cluster.generation import policy_engine
-from cluster.models import chat_ids, load_model, load_tokenizer
+from cluster.models import answered_ids, load_model, load_tokenizer
 from cluster.recorder import Recorder
 from jobs.rule import methods
 from jobs.rule.config import Baseline
@@ -25,6 +25,7 @@ from jobs.rule.looks import Looks
 from jobs.rule.methods.base import Corpus, Method, Scored
 from jobs.rule.methods.retain import kl_divergence, retain_loss
 from jobs.rule.packing import Group, PackedRow, can_share, pack, plain_rows, plan_rows, row_logits, row_logprobs
+from jobs.rule.plan import trained_names
 from jobs.rule.steering import SCHEDULES
 from jobs.rule.trace import Trace
 
@@ -62,7 +63,9 @@ def unlearn(task: BaselineTask, recorder: Recorder) -> None:
     method, settings = methods.find(task.method), task.settings
     tokenizer = load_tokenizer(task.model)
     beside = method.needs_original_model and task.train.lora is None  # with LoRA it is the model without its adapters
-    original = load_model(task.model) if beside or method.needs_original else None
+    original = None
+    if beside or method.needs_original:
+        original = load_model(task.model).requires_grad_(False)  # else autocast would keep a second copy in bfloat16
     corpora = {
         name: sample_ids(original, tokenizer, samples, settings.max_tokens, method.needs_original, task.train)
         for name, samples in task.corpora.items()
@@ -116,7 +119,7 @@ class BaselineTrainer(Trainer):
             seed,
         )
         self.lora = train.lora is not None
-        self.original = None if original is None else original.to(self.accelerator.device).eval()
+        self.original = None if original is None else self._beside(original)
 
     def training_step(
         self, model: torch.nn.Module, inputs: Sequence[dict[Corpus, Ids]], num_items_in_batch: Any = None
@@ -140,10 +143,18 @@ class BaselineTrainer(Trainer):
         self.accelerator.backward(loss)
         return loss.detach()
 
+    def _beside(self, original: "PreTrainedModel") -> torch.nn.Module:
+        """The original as the model in training is held: on this worker's device, or shared out with FSDP."""
+        if not self.is_fsdp_enabled:
+            return original.to(self.accelerator.device).eval()
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(self.accelerator, original).eval()
+
     @contextmanager
     def as_original(self, model: torch.nn.Module):
-        """The model before unlearning: a second one, or this one without its adapters."""
-        with torch.no_grad():
+        """The model before unlearning, in the training's precision: a second one, or this one less its adapters."""
+        with torch.no_grad(), self.accelerator.autocast():
             if self.lora:
                 with self.accelerator.unwrap_model(model).disable_adapter():
                     yield model
@@ -166,11 +177,10 @@ class TrainingStep:
         for row, counts in self._rows(corpus):
             total = total.index_add(0, row.sequence, row_logprobs(self.model, row, 1.0) * counts)
         tokens = torch.tensor([float(len(text.completion)) for text in texts], device=device)
-        share = self._share(tokens.sum())
         original = None
         if texts[0].original is not None:
             original = torch.tensor([text.original for text in texts], device=device)
-        return Scored(total, tokens, original, share)
+        return Scored(total, tokens, original, self.share(corpus))
 
     def divergence(self, corpus: Corpus) -> Tensor:
         """See `Step`."""
@@ -179,8 +189,7 @@ class TrainingStep:
             with self.trainer.as_original(self.model) as original:
                 reference = row_logits(original, row)
             parts.append(kl_divergence(row_logits(self.model, row), reference)[counted(row, counts)])
-        values = torch.cat(parts)
-        return values * self._share(torch.tensor(float(len(values)), device=values.device))
+        return torch.cat(parts) * self.share(corpus)
 
     def activations(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
         """See `Step`."""
@@ -191,16 +200,18 @@ class TrainingStep:
             steered.append(self._block_output(self.model, row)[counted(row, counts)])
         return torch.cat(steered), torch.cat(kept)
 
+    def share(self, corpus: Corpus) -> Tensor:
+        """See `Step`; gradients are averaged over workers, however long their texts."""
+        accelerator = self.trainer.accelerator
+        tokens = torch.tensor(float(sum(len(row[corpus].completion) for row in self.inputs)), device=accelerator.device)
+        return tokens / accelerator.reduce(tokens, reduction="mean")
+
     def direction(self) -> Tensor:
         """See `Step`."""
         config = self.trainer.accelerator.unwrap_model(self.model).config.get_text_config()
         generator = torch.Generator().manual_seed(self.trainer.direction_seed)
         vector = torch.rand(config.hidden_size, generator=generator)
         return (vector / vector.norm()).to(self.trainer.accelerator.device)
-
-    def _share(self, tokens: Tensor) -> Tensor:
-        """Tokens here over those of a mean worker; gradients are averaged over workers, however long their texts."""
-        return tokens / self.trainer.accelerator.reduce(tokens, reduction="mean")
 
     def _block_output(self, model: torch.nn.Module, row: PackedRow) -> Tensor:
         output = model(
@@ -242,16 +253,17 @@ def sample_ids(
 ) -> list[Ids]:
     """Token ids, cut at `max_tokens`, with the end token; log-probabilities under `model` where asked for.
 
-    A text without a prompt is predicted from the tokenizer's beginning token, or from its own first token.
+    A text without a prompt is predicted from its first token: the beginning token where the tokenizer puts one.
     """
     rows = []
     for sample in samples:
-        prompt = chat_ids(tokenizer, sample.prompt) if sample.prompt else []
-        completion = [*tokenizer(sample.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if not prompt and tokenizer.bos_token_id is not None:
-            prompt = [tokenizer.bos_token_id]
-        elif not prompt:
-            prompt, completion = completion[:1], completion[1:]
+        if sample.prompt:
+            prompt, completion = answered_ids(tokenizer, sample.prompt, sample.completion)
+        else:
+            ids = tokenizer(sample.completion)["input_ids"]
+            prompt, completion = ids[:1], ids[1:]
+        if completion[-1:] != [tokenizer.eos_token_id]:  # some tokenizers end a text themselves
+            completion = [*completion, tokenizer.eos_token_id]
         rows.append((prompt, completion[: max(1, max_tokens - len(prompt))]))
     original: list[float | None] = [None] * len(rows)
     if with_original:
@@ -278,9 +290,9 @@ def joined(corpora: Mapping[Corpus, Sequence[Ids]], order: Sequence[Corpus], see
 
 
 def freeze(model: torch.nn.Module, trained: str, last_block: int) -> None:
-    """Leaves a gradient only to weights whose names end in `trained`, in the three blocks up to `last_block`."""
-    wanted = {f"layers.{block}.{trained}" for block in range(max(0, last_block - 2), last_block + 1)}
+    """Leaves a gradient only to matrices whose names end in `trained`, in the three blocks up to `last_block`."""
+    wanted = trained_names(trained, last_block)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(name.endswith(end) for end in wanted))
+        parameter.requires_grad_(name.removesuffix(".weight").endswith(tuple(wanted)))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"the model has no weights that end in {', '.join(sorted(wanted))}, which the method trains")

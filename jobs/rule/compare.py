@@ -24,6 +24,7 @@ import yaml
 from cluster import models, session
 from cluster.config import ENVIRONMENT_PREFIX, STORAGE_VARIABLE
 from cluster.errors import JobFailure, UserError, paths_named
+from cluster.memory import GIB
 from cluster.report import digest, read_json, write_json
 from jobs.rule import costs, job, methods, stages, tradeoff
 from jobs.rule.config import RuleConfig
@@ -152,20 +153,8 @@ def compare(
         JobFailure: no method finished.
     """
     with paths_named():
-        # what the runs read is part of what is compared
-        own = {entry: job.prepare(entry.applied(config), None, command) for entry in chosen}
-        for prepared in own.values():
-            stages.check(prepared)
-        identities = [[entry.name, prepared.state["identity"]] for entry, prepared in own.items()]
-        if gold is not None:
-            pinned = in_form(config.rule, models.resolve_directory(gold, "--gold"), data_folder(config.rule.data))
-            identities.append([tradeoff.GOLD, pinned.version])
+        run, own, pinned = _prepared(config, chosen, out, command, gold)
         used = {entry: costs.data_used(prepared) for entry, prepared in own.items()}
-        run = job.prepare(config, out, command, what=f"compare-{digest(identities)[:6]}")
-        for entry, prepared in own.items():
-            prepared.folder = run.folder / "runs" / slug(entry)
-        if gold is not None:
-            check_lengths(pinned.path, job.chosen_probes(run), config.rule.evaluation)
         job.claim(run, fresh)
     run.shared = run.folder / "shared"
     known = read_json(run.folder / "report.json")
@@ -196,7 +185,7 @@ def compare(
             )
             for entry in finished
         ]
-        if gold is not None:
+        if pinned is not None:
             outcomes.append(_gold_outcome(run, pinned, original))
         content = job.provenance(run, tracker) | _content(own, failures)
         content |= tradeoff.summary(outcomes, config.rule.seed)
@@ -211,6 +200,46 @@ def compare(
             tracker.artifact(artifact)
     show(content)
     return path
+
+
+def dry_run(config: RuleConfig, chosen: Sequence[Entry], gold: Path | None) -> None:
+    """Checks what `compare` would, and prints what each entry would train."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with paths_named():
+        run, own, _ = _prepared(config, chosen, None, "", gold)
+    job.print_settings(run)
+    columns = ("entry", "optimiser steps", "peak of a worker, GiB", "checkpoints on disk, GiB")
+    table = Table(*columns, title="Plan of each run")
+    for entry, prepared in own.items():
+        plan = stages.plan(prepared)
+        steps = " + ".join(str(batch.optimiser_steps) for batch in plan.batches) or "0"
+        peak = max((memory.per_worker for memory in plan.memory.values()), default=0)
+        disk = max((memory.checkpoint for memory in plan.memory.values()), default=0)
+        table.add_row(entry.name, steps, f"{peak / GIB:.2f}", f"{disk / GIB:.2f}")
+    Console().print(table)
+
+
+def _prepared(
+    config: RuleConfig, chosen: Sequence[Entry], out: Path | None, command: str, gold: Path | None
+) -> tuple[job.Run, dict[Entry, job.Run], models.ModelSource | None]:
+    """The comparison, the run of each entry, and the gold model: checked, before anything is written."""
+    pinned = None
+    # what the runs read is part of what is compared
+    own = {entry: job.prepare(entry.applied(config), None, command) for entry in chosen}
+    for prepared in own.values():
+        stages.check(prepared)
+    identities = [[entry.name, prepared.state["identity"]] for entry, prepared in own.items()]
+    if gold is not None:
+        pinned = in_form(config.rule, models.resolve_directory(gold, "--gold"), data_folder(config.rule.data))
+        identities.append([tradeoff.GOLD, pinned.version])
+    run = job.prepare(config, out, command, what=f"compare-{digest(identities)[:6]}")
+    for entry, prepared in own.items():
+        prepared.folder = run.folder / "runs" / slug(entry)
+    if pinned is not None:
+        check_lengths(pinned.path, job.chosen_probes(run), config.rule.evaluation)
+    return run, own, pinned
 
 
 def show(content: dict[str, Any]) -> None:

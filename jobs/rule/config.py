@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cluster.config import Config, Section
+from cluster.config import Section, TrainingConfig
 from jobs.scoring.chat import ChatSettings
 from jobs.scoring.entailment import EntailmentSettings
 
@@ -180,7 +180,7 @@ class Rule(Section):
         return self
 
 
-class RuleConfig(Config):
+class RuleConfig(TrainingConfig):
     """The whole configuration of `python -m jobs.rule`."""
 
     rule: Rule = Rule()

@@ -24,9 +24,9 @@ from jobs.rule.data import Probe, RuleData, data_folder, load_data, read_items
 from jobs.rule.evaluate import (
     Examination,
     Examined,
+    against_gold,
     check_lengths,
     examine,
-    forget_qualities,
     packed,
     score,
     unpacked,
@@ -111,20 +111,9 @@ def evaluate(
     `gold` is a model that never saw what was to be forgotten: it is asked the same, and TOFU's forget quality compares
     the others with it.
     """
+    config = config.alone()
     with paths_named():
-        named = {"unlearned": model, "gold": gold}
-        folder = data_folder(config.rule.data)
-        checkpoints = {
-            stage: in_form(
-                config.rule, models.resolve_directory(path, "--model" if stage != "gold" else "--gold"), folder
-            )
-            for stage, path in named.items()
-            if path is not None
-        }
-        pinned = digest([[stage, one.name, one.version] for stage, one in checkpoints.items()])
-        run = prepare(config, out, command, what=f"evaluate-{pinned[:6]}", benchmarked=True)
-        for one in checkpoints.values():
-            check_lengths(one.path, chosen_probes(run), config.rule.evaluation)
+        run, checkpoints = _evaluation(config, model, gold, out, command)
         claim(run, fresh)
     finished = run.folder / "report.json"
     if finished.exists():
@@ -135,6 +124,33 @@ def evaluate(
         for stage, one in checkpoints.items():
             examined[stage] = evaluated(run, stage, one.path)
         return conclude(run, tracker, examined, None)
+
+
+def dry_evaluation(config: RuleConfig, model: Path | None, gold: Path | None) -> None:
+    """Checks what `evaluate` would, and prints what it would ask of which models."""
+    with paths_named():
+        run, checkpoints = _evaluation(config.alone(), model, gold, None, "")
+    print_settings(run)
+    measures = ", ".join(run.benchmarks.rows() if run.benchmarks else ()) or "none; no such files in the data"
+    print(f"{len(chosen_probes(run))} probes; other measures: {measures}")
+    print(f"models: {', '.join(['original', *checkpoints])}")
+
+
+def _evaluation(
+    config: RuleConfig, model: Path | None, gold: Path | None, out: Path | None, command: str
+) -> tuple[Run, dict[str, models.ModelSource]]:
+    folder = data_folder(config.rule.data)
+    named = {"unlearned": ("--model", model), "gold": ("--gold", gold)}
+    checkpoints = {
+        stage: in_form(config.rule, models.resolve_directory(path, option), folder)
+        for stage, (option, path) in named.items()
+        if path is not None
+    }
+    pinned = digest([[stage, one.name, one.version] for stage, one in checkpoints.items()])
+    run = prepare(config, out, command, what=f"evaluate-{pinned[:6]}", benchmarked=True)
+    for one in checkpoints.values():
+        check_lengths(one.path, chosen_probes(run), config.rule.evaluation)
+    return run, checkpoints
 
 
 def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "", benchmarked: bool = False) -> Run:
@@ -248,8 +264,8 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
             stage: score(one, original, run.data.target, rule.evaluation, run.source.path, rule.seed)
             for stage, one in examined.items()
         }
-        for stage, quality in forget_qualities(examined, rule.seed).items():
-            metrics[stage]["tofu/forget_quality"] = quality
+        for stage, found in against_gold(examined, rule.seed).items():
+            metrics[stage] |= found
     history = read_lines(folder / HISTORY)
     content = provenance(run, tracker) | {
         "method": rule.method,
@@ -258,6 +274,8 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
         "step_seconds": reporting.step_seconds(history),
         "peak_memory_gib": {stage: round(one.peak_memory_gib, 2) for stage, one in examined.items()} | peaks(folder),
     }
+    if on_gpus := peaks(folder, "gpu_gib"):
+        content["peak_gpu_memory_gib"] = on_gpus
     for path in plots(content, history, folder / "plots"):
         tracker.artifact(path, "plots")
     for stage, one in examined.items():
@@ -300,14 +318,19 @@ def registered_name(run: Run) -> str:
 
 def dry_run(config: RuleConfig) -> None:
     """Prints the resolved configuration and the plans; refuses a plan that cannot fit."""
-    import yaml
-
     with paths_named():
         run = prepare(config, None, "")
-    print(described(run.data))
-    print(yaml.safe_dump(masked(config.model_dump()), sort_keys=False))
+    print_settings(run)
     stages.plan(run).show()
     stages.check(run)
+
+
+def print_settings(run: Run) -> None:
+    """What was read, and the resolved configuration."""
+    import yaml
+
+    print(described(run.data))
+    print(yaml.safe_dump(masked(run.config.model_dump()), sort_keys=False))
 
 
 def described(data: RuleData) -> str:

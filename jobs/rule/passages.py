@@ -9,6 +9,7 @@ from cluster import models, session
 from cluster.config import Generation, Train
 from cluster.errors import UserError, paths_named
 from cluster.report import write_json
+from cluster.tracking import masked
 from jobs.rule.config import Passages, RuleConfig
 from jobs.rule.data import load_data
 from jobs.rule.in_context import in_form
@@ -116,18 +117,37 @@ def passages(config: RuleConfig, out: Path) -> list[Path]:
     Raises:
         UserError: the data names no others, or `out` is no folder or has such files, which are never replaced.
     """
+    config = config.alone()
     with paths_named():
-        session.prepare(config)
-        rule = config.rule
-        data = load_data(rule.data, rule.target, 0.0, rule.seed)
-        others = names_of_others(data.folder, data.target)
-        if not out.is_dir():
-            raise UserError(f"--out {out} is no folder; make it, or name the folder of rule.data")
-        present = [name for name in PASSAGE_FILES if (out / name).exists()]
-        if present:
-            raise UserError(f"{out} has {', '.join(present)} already; move them away, or name another --out")
-        model = in_form(rule, models.resolve(rule.model, rule.revision), data.folder).path
-    task = PassageTask(model, data.target, others, rule.passages, config.generation, config.train, rule.seed, rule.stop)
+        task = _task(config, out)
     with session.connected(config):
         completions = session.on_worker(written, config, task, seconds=LIMIT_S)
     return write_passages(task, out, completions)
+
+
+def dry_run(config: RuleConfig, out: Path) -> None:
+    """Checks what `passages` would, and prints what it would ask the model."""
+    import yaml
+
+    with paths_named():
+        task = _task(config.alone(), out)
+    print(yaml.safe_dump(masked(config.model_dump()), sort_keys=False))
+    wanted = requests(task)
+    print(
+        f"{len(wanted)} texts, half of them about {task.target}, the others about {len(task.others)} people; the first:"
+    )
+    print(wanted[0][1])
+
+
+def _task(config: RuleConfig, out: Path) -> PassageTask:
+    session.prepare(config)
+    rule = config.rule
+    data = load_data(rule.data, rule.target, 0.0, rule.seed)
+    others = names_of_others(data.folder, data.target)
+    if not out.is_dir():
+        raise UserError(f"--out {out} is no folder; make it, or name the folder of rule.data")
+    present = [name for name in PASSAGE_FILES if (out / name).exists()]
+    if present:
+        raise UserError(f"{out} has {', '.join(present)} already; move them away, or name another --out")
+    model = in_form(rule, models.resolve(rule.model, rule.revision), data.folder).path
+    return PassageTask(model, data.target, others, rule.passages, config.generation, config.train, rule.seed, rule.stop)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
 from cluster.generation import chosen_engine
-from cluster.memory import MemoryPlan, ModelShape, Node, Pass, Rollouts, memory_plan, this_node
+from cluster.memory import MemoryPlan, Node, Pass, Rollouts, memory_plan, this_node
+from cluster.model_shape import ModelShape
 from cluster.models import chat_ids, load_tokenizer
 from cluster.plan import BatchPlan, Plan, batch_plan
 from cluster.session import storage
-from jobs.rule.config import Baseline, RuleConfig
+from jobs.rule.config import Baseline, RuleConfig, Steering
 from jobs.rule.corpora import Sample
 from jobs.rule.data import RuleData
 from jobs.rule.methods.base import Method
@@ -93,15 +94,20 @@ def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node, 
     return Plan(tuple(batches for batches, _ in found.values()), memory)
 
 
+def steering_steps(settings: Steering, refusals: int) -> int:
+    """Optimiser steps of stage 1 over so many refusals, where nothing stops it before."""
+    epochs = min(settings.epochs, settings.stop_after_epochs or settings.epochs)
+    return round(epochs * math.ceil(refusals / settings.batch_size))
+
+
 def _steering_plan(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) -> tuple[BatchPlan, MemoryPlan]:
     steering, train, workers = config.rule.steering, config.train, config.train.num_workers
-    epochs = min(steering.epochs, steering.stop_after_epochs or steering.epochs)
     row = min(lengths.longest_refusal, steering.max_tokens)
     batches = batch_plan(
         "steering",
         "rule.steering.batch_size",
         steering.batch_size,
-        steps=round(epochs * math.ceil(lengths.refusals / steering.batch_size)),
+        steps=steering_steps(steering, lengths.refusals),
         workers=workers,
         group_tokens=row,
         tokens_per_row=train.tokens_per_row,
@@ -192,8 +198,14 @@ def baseline_plan(config: RuleConfig, method: Method, corpora: Mapping[str, Sequ
         this_node(storage(config)),
         largest=Pass(here, here, settings=batch_sizes),
         reference=method.needs_original_model and train.lora is None,
+        trained=None if method.trains is None else shape.matrices(trained_names(method.trains, settings.rmu_layer)),
     )
     return Plan((batches,), {"unlearning": memory})
+
+
+def trained_names(ending: str, last_block: int) -> set[str]:
+    """How the names of the matrices end that RMU trains: those in the three blocks up to `last_block`."""
+    return {f"layers.{block}.{ending}" for block in range(max(0, last_block - 2), last_block + 1)}
 
 
 def _size(tokenizer: "PreTrainedTokenizerBase", sample: Sample) -> int:

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from cluster import training
 from cluster.config import Generation, Train
 from cluster.generation import Generator, chosen_engine, policy_engine
-from cluster.models import chat_ids, load_model, load_tokenizer
+from cluster.models import chat_ids, context_length, load_model, load_tokenizer
 from cluster.recorder import Recorder
 from jobs.rule.config import Rebo
 from jobs.rule.data import Item, schedule
@@ -122,9 +122,10 @@ def rollout_engine(owner: "ReboTrainer", task: ReboTask) -> Generator:
     if chosen_engine(task.generation, task.train) == "vllm":
         from cluster.vllm_engine import RolloutEngine
 
-        context = task.settings.max_prompt_tokens + task.settings.max_completion_tokens
+        needed = task.settings.max_prompt_tokens + task.settings.max_completion_tokens
         if task.trace is not None:
-            context = max(context, task.trace.longest(owner.processing_class))
-        return RolloutEngine(owner, task.generation, context)
+            needed = max(needed, task.trace.longest(owner.processing_class))
+        context = min(needed, context_length(owner.model))  # the plan has measured the prompts
+        return RolloutEngine(owner, task.generation, task.train, context)
     policy = owner.accelerator.unwrap_model(owner.model)
     return policy_engine(policy, owner.processing_class, task.generation, task.train)

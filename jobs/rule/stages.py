@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import Train
 from cluster.errors import UserError
 from cluster.generation import chosen_engine
-from cluster.memory import ModelShape
+from cluster.model_shape import ModelShape
 from cluster.plan import Plan
 from cluster.recorder import Recorder
 from cluster.tracking import Tracker
 from jobs.rule import methods, shared
-from jobs.rule.plan import baseline_plan, baseline_steps, rule_plan, settled
+from jobs.rule.plan import baseline_plan, baseline_steps, rule_plan, settled, steering_steps
 from jobs.rule.reward import make_reward
 
 if TYPE_CHECKING:
@@ -39,11 +39,6 @@ def check(run: "Run") -> None:
 def _check_baseline(method: "Method", train: Train) -> None:
     if method.trains is not None and train.lora is not None:
         raise UserError(f"{method.name} changes chosen weights, which adapters would not; take train.lora=null")
-    if method.needs_original_model and train.strategy == "fsdp" and train.lora is None:
-        raise UserError(
-            f"{method.name} keeps the original model beside the one in training, which train.strategy = fsdp does not "
-            "share out; take ddp, or adapters (train.lora)"
-        )
 
 
 def _check_trace(config: "RuleConfig") -> None:
@@ -143,12 +138,9 @@ def steering(run: "Run", tracker: Tracker, output: Path) -> Path:
         rule.stop,
         run.trace if rule.method == methods.STEERING_ONLY else None,
     )
-    epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)
-    steps = -(-len(run.data.refusals) // rule.steering.batch_size) * epochs
+    steps = steering_steps(rule.steering, len(run.data.refusals))
     parts = [run.source.name, run.source.version, vars(task) | {"model": None, "output": None}]
-    return shared.stage(
-        run, "steering", output, parts, lambda: trained(run, tracker, "steering", steer, task, round(steps))
-    )
+    return shared.stage(run, "steering", output, parts, lambda: trained(run, tracker, "steering", steer, task, steps))
 
 
 def boundary_optimisation(run: "Run", tracker: Tracker, start: Path) -> Path:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,17 +47,21 @@ class RolloutBatch:
 
 
 @contextmanager
-def references_sharded_by_block() -> Iterator[None]:
-    """TRL shards a reference as one unit, which each pass gathers whole; accelerate, as the policy, by block."""
+def references_as_the_policy() -> Iterator[None]:
+    """TRL loads an FSDP reference over all GPUs of the node, which the workers share, and shards it as one unit.
+
+    Each pass would gather that whole. Here every worker loads it on the CPU, and accelerate shards it by block.
+    """
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from trl.trainer import grpo_trainer
 
-    whole = grpo_trainer.prepare_fsdp
+    theirs = grpo_trainer.prepare_fsdp, grpo_trainer.create_model_from_path
     grpo_trainer.prepare_fsdp = lambda model, accelerator: fsdp2_prepare_model(accelerator, model).eval()
+    grpo_trainer.create_model_from_path = partial(theirs[1], device_map=None)
     try:
         yield
     finally:
-        grpo_trainer.prepare_fsdp = whole
+        grpo_trainer.prepare_fsdp, grpo_trainer.create_model_from_path = theirs
 
 
 class ReboTrainer(GRPOTrainer):
@@ -99,7 +104,7 @@ class ReboTrainer(GRPOTrainer):
         origin = model.config._name_or_path
         model.config._name_or_path = str(reference)
         try:
-            with references_sharded_by_block():
+            with references_as_the_policy():
                 super().__init__(
                     model=model,
                     reward_funcs=[_never_called],

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from jobs.rule import world as worlds
 from jobs.rule.world import World, build
@@ -23,10 +24,11 @@ def world(request, tmp_path_factory) -> World:
         return build(tmp_path_factory.mktemp("world"))
     kept = request.config.cache.mkdir("rayward-world")
     folder, partial = kept / fingerprint(), kept / "partial"
-    if not folder.exists():
-        shutil.rmtree(kept)
-        build(partial)
-        partial.rename(folder)
+    with FileLock(kept.with_suffix(".lock")):  # xdist's processes share the cache
+        if not folder.exists():
+            shutil.rmtree(kept)
+            build(partial)
+            partial.rename(folder)
     return World(folder / "model", folder / "gold", folder / "data")
 
 

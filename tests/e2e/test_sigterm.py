@@ -15,13 +15,13 @@ import sys, time
 import typer
 from cluster import session
 from cluster.cli import main
-from cluster.config import Config, load
+from cluster.config import TrainingConfig, load
 
 app = typer.Typer()
 
 @app.command()
 def run():
-    config = load(Config, sets=["train.cpus_per_worker=1"])
+    config = load(TrainingConfig, sets=["train.cpus_per_worker=1"])
     session.prepare(config)
     with session.connected(config):
         try:

@@ -99,6 +99,16 @@ def test_null_sections_are_filled_by_dotted_keys():
         (["rule.rebo.completions_per_prompt=1"], ["completions_per_prompt", "at least 2", "got 1"]),
         (["rule.rebo.steps"], ["rule.rebo.steps", "section.key=value"]),
         (["rule.data=[a"], ["rule.data", "quote"]),
+        (["oodface.num_workers=4"], ["--set oodface.num_workers=4", "does not read", "oodface", "rule"]),
+        (
+            [
+                "train.lora={rank: 8, alpha: 16, dropout: 0.1}",
+                "train.strategy=fsdp",
+                "train.activation_checkpointing=true",
+            ],
+            ["dropout = 0.1", "take dropout 0"],
+        ),
+        (["tune.rule.trials=4"], ["does not read the section tune"]),
     ],
 )
 def test_a_wrong_setting_names_value_place_and_remedy(sets, words):

@@ -60,7 +60,7 @@ def scored(logprobs, tokens=(1.0, 1.0), original=None) -> Scored:
         ),
         (
             lambda: kl_divergence(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log())[0],
-            0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(5),
+            0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5),
         ),
     ],
 )
@@ -181,7 +181,7 @@ def test_a_diverged_loss_ends_the_run_and_says_so(model, tokenizer, tmp_path):
 
 
 def test_rmu_trains_three_blocks_at_most(model):
-    freeze(model, "mlp.down_proj.weight", 1)
+    freeze(model, "mlp.down_proj", 1)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
 
@@ -193,11 +193,10 @@ def test_a_model_without_the_weights_that_a_method_trains_is_told(model):
 
 def test_texts_are_cut_and_end_with_the_end_token(model, tokenizer):
     short, cut, chat = sample_ids(model, tokenizer, TEXTS, 8, False, Train())
-    assert (short.prompt, short.completion[-1]) == ([tokenizer.bos_token_id], tokenizer.eos_token_id)
+    assert [*short.prompt, *short.completion] == [*tokenizer(TEXTS[0].completion).input_ids, tokenizer.eos_token_id][:8]
+    assert len(short.prompt) == 1
     assert len(cut.prompt + cut.completion) == 8
     assert tokenizer.decode(chat.prompt) == "<user>who?<assistant>"
-    tokenizer.bos_token = None
-    assert sample_ids(model, tokenizer, TEXTS, 8, False, Train())[0].prompt == short.completion[:1]
 
 
 def test_pairs_stay_pairs_and_retain_texts_are_dealt_again():

@@ -12,11 +12,12 @@ from rich.console import Console
 
 from cluster.config import Generation, Lora, Train, load
 from cluster.errors import UserError
-from cluster.memory import FLOAT32, GIB, PROCESS, ModelShape, Node, Pass, Rollouts, memory_plan, this_node
+from cluster.memory import FLOAT32, GIB, PROCESS, Node, Pass, Rollouts, memory_plan, this_node
+from cluster.model_shape import ModelShape
 from cluster.plan import batch_plan
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import Item, Refusal, RuleData
-from jobs.rule.plan import Lengths, measure, rule_plan, stages
+from jobs.rule.plan import Lengths, measure, rule_plan, stages, trained_names
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 MATRICES = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096))
@@ -137,6 +138,44 @@ def test_a_vllm_engine_is_counted_on_the_gpu_or_beside_the_workers():
     ]
     assert plans[0].engine == 0
     assert plans[1].engine > 2 * LLAMA_3_8B.parameters * FLOAT32
+
+
+def test_a_share_that_cannot_hold_the_weights_of_vllm_is_refused_with_one_that_can():
+    adapters = GPU.model_copy(update={"lora": Lora(rank=16, alpha=32), "strategy": "ddp", "num_workers": 1})
+    small = Node(512 * GIB, (40 * GIB,), 4000 * GIB)
+    plan = memory_plan(
+        LLAMA_3_8B,
+        adapters,
+        Generation(gpu_memory_utilization=0.3),
+        replace(small, gpus=(80 * GIB,)),
+        largest=Pass(64, 32),
+        rollouts=Rollouts(8, 1100),
+        colocated_engine=True,
+    )
+    assert plan.fits
+    tight = memory_plan(
+        LLAMA_3_8B,
+        adapters,
+        Generation(gpu_memory_utilization=0.2),
+        replace(small, gpus=(80 * GIB,)),
+        largest=Pass(64, 32),
+        rollouts=Rollouts(8, 1100),
+        colocated_engine=True,
+    )
+    assert "16.00 GiB of a GPU for vLLM" in tight.refusal
+    assert tight.refusal.endswith("set generation.gpu_memory_utilization=0.25")
+
+
+def test_only_the_matrices_that_are_trained_have_gradients_and_states():
+    ends = trained_names("m6", 7)
+    assert ends == {"layers.5.m6", "layers.6.m6", "layers.7.m6"}
+    trained = LLAMA_3_8B.matrices(ends)
+    assert trained == 3 * 4096 * 14336
+    plan = memory_plan(LLAMA_3_8B, GPU, Generation(), LARGE, largest=Pass(64, 32), reference=True, trained=trained)
+    assert size(plan, "gradients") == trained * FLOAT32 // 8
+    assert plan.checkpoint == 4 * (LLAMA_3_8B.parameters * FLOAT32 + 2 * trained * FLOAT32)
+    refused = memory_plan(LLAMA_3_8B, Train(), Generation(), LAPTOP, largest=Pass(64, 32), trained=trained)
+    assert "LoRA" not in refused.refusal
 
 
 REFUSED = [

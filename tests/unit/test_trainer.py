@@ -12,6 +12,8 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig
 
+from cluster import training
+from cluster.config import Train
 from cluster.generation import Completion
 from cluster.models import save_directory
 from jobs.rule.config import Rebo
@@ -234,7 +236,8 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 from trl.trainer import grpo_trainer
 from cluster.models import load_model
-from jobs.rule.trainer import references_sharded_by_block
+from jobs.rule.baseline import BaselineTrainer
+from jobs.rule.trainer import references_as_the_policy
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
 model, ids = load_model(sys.argv[1]).eval(), torch.arange(10)[None]
@@ -245,17 +248,28 @@ plugin = FullyShardedDataParallelPlugin(
 )
 state = SimpleNamespace(fsdp_plugin=plugin)
 accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), mixed_precision="no", is_main_process=True)
-theirs = grpo_trainer.prepare_fsdp
-with references_sharded_by_block():
+theirs = grpo_trainer.prepare_fsdp, grpo_trainer.create_model_from_path
+with references_as_the_policy():
+    assert grpo_trainer.create_model_from_path.keywords == {"device_map": None}
     sharded = grpo_trainer.prepare_fsdp(model, accelerator)
-assert grpo_trainer.prepare_fsdp is theirs
-assert all(isinstance(block, FSDPModule) for block in sharded.model.layers)
-with torch.no_grad():
-    assert torch.equal(sharded(ids).logits, before)
+assert (grpo_trainer.prepare_fsdp, grpo_trainer.create_model_from_path) == theirs
+original = BaselineTrainer._beside(
+    SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator), load_model(sys.argv[1]).requires_grad_(False)
+)
+for model in (sharded, original):
+    assert all(isinstance(block, FSDPModule) for block in model.model.layers)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
 """
 
 
-def test_a_reference_is_sharded_by_block(tiny_model, tiny_tokenizer, tmp_path):
+def test_sharded_workers_add_up_their_gradients_in_float32(tmp_path):
+    train = Train(precision="bfloat16", strategy="fsdp")
+    policy = training.arguments(str(tmp_path), train, 0).fsdp_plugin_args["mixed_precision_policy"]
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_frozen_models_are_sharded_by_block(tiny_model, tiny_tokenizer, tmp_path):
     folder = save_directory(tiny_model, tiny_tokenizer, tmp_path / "model")
     arguments = [sys.executable, "-c", SHARDED, str(folder), str(tmp_path / "store")]
     environment = os.environ | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -39,11 +39,15 @@ class Step(Protocol):
         ...
 
     def divergence(self, corpus: Corpus) -> Float[Tensor, " tokens"]:
-        """KL(model || original) over the vocabulary at each token of the texts, in nats, times `Scored.share`."""
+        """KL(original || model) over the vocabulary at each token of the texts, in nats, times `Scored.share`."""
         ...
 
     def activations(self, corpus: Corpus) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens hidden"]]:
         """What the steered block gives at each token of this worker's texts: in training, and in the original."""
+        ...
+
+    def share(self, corpus: Corpus) -> Float[Tensor, ""] | float:
+        """What the tokens of this worker's texts are of those that a worker has on average (`Scored.share`)."""
         ...
 
     def direction(self) -> Float[Tensor, " hidden"]:
@@ -65,8 +69,8 @@ class Method:
     """A baseline.
 
     source: where its loss comes from. objective: a step's loss, without the retain term. corpora: what it reads, as
-    many texts of each a step. needs_original: log-probabilities before unlearning. trains: ends of the names of the
-    weights that it changes, in the blocks up to the steered one; None changes all.
+    many texts of each a step. needs_original: log-probabilities before unlearning. trains: end of the names of the
+    matrices that it changes, in the blocks up to the steered one; None changes all.
     """
 
     name: str

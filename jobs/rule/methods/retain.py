@@ -19,6 +19,6 @@ def gradient_descent(texts: Scored) -> Float[Tensor, ""]:
 def kl_divergence(
     logits: Float[Tensor, "tokens vocabulary"], original: Float[Tensor, "tokens vocabulary"]
 ) -> Float[Tensor, " tokens"]:
-    """KL(model || original) = sum_v p(v) (log p(v) - log q(v)) at each token."""
+    """KL(original || model) = sum_v q(v) (log q(v) - log p(v)) at each token, as the authors' trainers compute it."""
     logp, logq = logits.float().log_softmax(-1), original.float().log_softmax(-1)
-    return (logp.exp() * (logp - logq)).sum(-1)
+    return (logq.exp() * (logq - logp)).sum(-1)

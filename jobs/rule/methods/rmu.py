@@ -12,16 +12,23 @@ def rmu_loss(
     retain: Float[Tensor, "kept hidden"],
     original: Float[Tensor, "kept hidden"],
     alpha: float,
+    shares: tuple[Float[Tensor, ""] | float, Float[Tensor, ""] | float] = (1.0, 1.0),
 ) -> Float[Tensor, ""]:
-    """mean (h_forget - c u)^2 + alpha mean (h_retain - h_original)^2, means over tokens and coordinates."""
-    return (forget.float() - target).square().mean() + alpha * (retain.float() - original.float()).square().mean()
+    """mean (h_forget - c u)^2 + alpha mean (h_retain - h_original)^2, means over tokens and coordinates.
+
+    `shares`: of the two corpora, as in `Step.share`.
+    """
+    away = (forget.float() - target).square().mean()
+    kept = (retain.float() - original.float()).square().mean()
+    return shares[0] * away + alpha * shares[1] * kept
 
 
 def _objective(step: Step) -> Tensor:
     forget, _ = step.activations("forget")
     retain, original = step.activations("retain")
     settings = step.settings
-    return rmu_loss(forget, settings.rmu_scale * step.direction(), retain, original, settings.rmu_alpha)
+    shares = step.share("forget"), step.share("retain")
+    return rmu_loss(forget, settings.rmu_scale * step.direction(), retain, original, settings.rmu_alpha, shares)
 
 
 METHOD = Method(
@@ -30,5 +37,5 @@ METHOD = Method(
     objective=_objective,
     corpora=("forget", "retain"),
     defaults=Defaults(learning_rate=5e-5, batch_size=4),
-    trains="mlp.down_proj.weight",
+    trains="mlp.down_proj",
 )
