@@ -219,6 +219,26 @@ def chat_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer_prefix: s
     return tokenizer(text + answer_prefix, add_special_tokens=False)["input_ids"]
 
 
+def answered_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of the user's `prompt` as `chat_ids` gives them, and of the assistant's `answer` behind it.
+
+    Both are read together, with the space that the template puts between them: a SentencePiece tokenizer begins a text
+    of its own with a space that the model does not write there. Where reading together would change the prompt, the
+    answer's ids are those of it alone.
+    """
+    ids = chat_ids(tokenizer, prompt)
+    turns = [{"role": "user", "content": prompt}]
+    asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    turns.append({"role": "assistant", "content": answer})
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    behind = whole.removeprefix(asked) if whole.startswith(asked) else answer
+    between = behind[: max(0, behind.find(answer))]
+    both = tokenizer(asked + (between if between.isspace() else "") + answer, add_special_tokens=False)["input_ids"]
+    if both[: len(ids)] == ids:
+        return ids, both[len(ids) :]
+    return ids, tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+
 def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Every token id that ends a completion: those of the model's generation settings and the tokenizer's own."""
     declared = model.generation_config.eos_token_id

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from cluster import session
 from cluster.config import Config
 from cluster.errors import UserError, paths_named
 from cluster.report import machine, read_json, write_json
-from cluster.tracking import Tracker, default_uri, git_commit, masked
+from cluster.tracking import Tracker, commit, default_uri, masked
 from cluster.tracking_store import without_credentials
 
 STATE = "state.json"
@@ -36,10 +36,18 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times a phase that was not done yet."""
-        start = time.perf_counter()
-        yield
-        self.save(seconds=self.state.get("seconds", {}) | {name: round(time.perf_counter() - start, 2)})
+        """Times a phase that was not done yet; what was spent on it before an interruption counts."""
+        start, known = time.perf_counter(), self.state.get("seconds", {})
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # a full disk is told by who met it first
+                self._spent(known, name, start)
+            raise
+        self._spent(known, name, start)
+
+    def _spent(self, known: Mapping[str, float], name: str, start: float) -> None:
+        self.save(seconds={**known, name: round(known.get(name, 0.0) + time.perf_counter() - start, 2)})
 
 
 def claim(run: Run, fresh: bool) -> None:
@@ -109,7 +117,7 @@ def provenance(run: Run, tracker: Tracker, packages: Sequence[str]) -> dict[str,
         "command": without_credentials(run.command),
         "configuration": masked(run.config.model_dump()),
         "machine": machine(),
-        "commit": git_commit(Path(__file__).parents[1]),
+        "commit": commit(),
         "mlflow": {"uri": without_credentials(tracker.uri), "run_id": tracker.run_id},
         "versions": {name: version(name) for name in packages},
     }

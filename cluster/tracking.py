@@ -108,13 +108,19 @@ def git_commit(root: Path) -> str | None:
     return answer.stdout.strip() or None
 
 
-def submission_id() -> str | None:
-    """The id that `ray job submit` gave this driver, None for a local run.
+def commit() -> str | None:
+    """The commit of this code; a submitted job, whose copy has no history, knows it from `--metadata-json` alone."""
+    return git_commit(_ROOT) or _submission().get("commit")
 
-    Ray 2.60 has no public call for it; its job supervisor hands the driver this variable (dashboard/modules/job).
-    """
-    handed = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    return json.loads(handed).get("metadata", {}).get("job_submission_id") if handed else None
+
+def submission_id() -> str | None:
+    """The id that `ray job submit` gave this driver, None for a local run."""
+    return _submission().get("job_submission_id")
+
+
+def _submission() -> dict[str, str]:
+    """Ray 2.60 has no public call for it; its job supervisor hands the driver this variable (dashboard/modules/job)."""
+    return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata") or {}
 
 
 class Tracker:
@@ -272,7 +278,7 @@ class Tracker:
                     "restore that value, or start over with --fresh"
                 )
         new = [Param(key, value) for key, value in params.items() if key not in logged]
-        own = {"mlflow.source.git.commit": git_commit(_ROOT), "ray.submission_id": submission_id()}
+        own = {"mlflow.source.git.commit": commit(), "ray.submission_id": submission_id()}
         every = {**tags, **{key: value for key, value in own.items() if value}}
         with explained(self.uri, "did not take the configuration"):
             if self._resumed:

@@ -71,7 +71,11 @@ def run_benchmarks(
     seed: int,
     stop: tuple[str, ...] = (),
 ) -> tuple[dict[str, Metric], list[float]]:
-    """Membership inference, utility sets, MUSE and TOFU scores by name; and the truth ratios of TOFU's forget set."""
+    """Membership inference, utility sets, MUSE and TOFU scores by name; and the truth ratios of TOFU's forget set.
+
+    `stop` ends the answers of a base model, which is asked in plain text.
+    """
+    chat = not stop
     budget, context = settings.max_batch_tokens, min(context_length(model), LONGEST_PROMPT)
     metrics: dict[str, Metric] = {}
     if data.membership:
@@ -84,14 +88,14 @@ def run_benchmarks(
     ):
         if rows:
             _tell(name)
-            metrics |= score(model, tokenizer, rows, max_batch_tokens=budget, seed=seed)
+            metrics |= score(model, tokenizer, rows, max_batch_tokens=budget, seed=seed, chat=chat)
     for name, rows, score in (
         ("BBH", data.bbh, utility.score_bbh),
         ("TriviaQA", data.trivia, utility.score_trivia),
     ):
         if rows:
             _tell(name)
-            metrics |= score(engine, tokenizer, rows, context=context, seed=seed)
+            metrics |= score(engine, tokenizer, rows, context=context, seed=seed, chat=chat)
     if data.fluency:
         _tell("fluency")
         metrics |= utility.score_fluency(engine, tokenizer, data.fluency, context=context, seed=seed, stop=stop)

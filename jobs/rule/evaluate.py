@@ -137,13 +137,24 @@ def score(
     return metrics | examined.benchmarks
 
 
-def forget_qualities(examined: Mapping[str, Examined], seed: int) -> dict[str, Metric]:
-    """TOFU's forget quality of each stage against the stage "gold"; nothing without one."""
+def against_gold(examined: Mapping[str, Examined], seed: int) -> dict[str, dict[str, Metric]]:
+    """What the stage "gold" tells of each stage; nothing without one.
+
+    TOFU's forget quality, of the stages but gold; PrivLeak with gold's own AUC in place of the one that MUSE measured.
+    """
+    from jobs.rule.mia import AUC, PRIV_LEAK, relative_leak
     from jobs.rule.tofu import forget_quality
 
-    gold = examined["gold"].truth_ratios if "gold" in examined else []
-    others = {stage: one.truth_ratios for stage, one in examined.items() if stage != "gold"}
-    return {stage: forget_quality(ratios, gold, seed) for stage, ratios in others.items() if ratios and gold}
+    if "gold" not in examined:
+        return {}
+    gold, found = examined["gold"], {}
+    for stage, one in examined.items():
+        found[stage] = {}
+        if stage != "gold" and one.truth_ratios and gold.truth_ratios:
+            found[stage]["tofu/forget_quality"] = forget_quality(one.truth_ratios, gold.truth_ratios, seed)
+        if AUC in one.benchmarks and AUC in gold.benchmarks:
+            found[stage][PRIV_LEAK] = relative_leak(one.benchmarks[AUC], gold.benchmarks[AUC].value)
+    return found
 
 
 def _kept(

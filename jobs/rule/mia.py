@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,8 @@ K_PERCENT = tuple(range(10, 101, 10))
 
 # MUSE-Books: AUC of Min-40 % of the model retrained without the forget set, forget against holdout passages.
 AUC_RETRAIN_BOOKS = 0.5393
+PRIV_LEAK = "priv_leak"
+AUC = f"{PRIV_LEAK}/auc"
 
 
 class Passage(Row):
@@ -133,11 +135,15 @@ def mia_report(forget: MiaScores, retain: MiaScores, seed: int) -> dict[str, Met
     """Means on forget (FM) and retain (RM) passages and the AUC between them, for each score.
 
     Names: `fm/<score>`, `rm/<score>` (mean, in the score's unit), `auc/<score>` (probability in [0, 1] that a forget
-    passage looks more like a member than a retain passage; 0.5 = cannot be told apart), `fm/cut`, `rm/cut` (counts).
+    passage looks more like a member than a retain passage; 0.5 = cannot be told apart), `fm/truncated` and
+    `rm/truncated` (counts).
     Good unlearning: `fm/loss` clearly above `rm/loss`.
     Source: RWKU, metrics.
     """
-    metrics = {"fm/cut": count(forget.cut, len(forget.loss), seed), "rm/cut": count(retain.cut, len(retain.loss), seed)}
+    metrics = {
+        "fm/truncated": count(forget.cut, len(forget.loss), seed),
+        "rm/truncated": count(retain.cut, len(retain.loss), seed),
+    }
     for name, forget_values in forget.by_name().items():
         retain_values = retain.by_name()[name]
         metrics[f"fm/{name}"] = mean_interval(forget_values, seed)
@@ -158,20 +164,27 @@ def priv_leak(
 
     Args:
         auc_retrain: of a model retrained without the forget set, > 0; the default is MUSE-Books'.
-    Returns: `auc` in [0, 1], `priv_leak` in percent, counts of cut passages.
+    Returns: `priv_leak` in percent, `priv_leak/auc` in [0, 1], counts of cut passages (`priv_leak/SPLIT/truncated`).
     Source: Shi et al. 2024, MUSE, criterion C3.
     """
 
-    def leak(forget_values: np.ndarray, holdout_values: np.ndarray) -> float:
-        return 100 * (auc(holdout_values, forget_values) - auc_retrain) / auc_retrain
-
     samples = [forget.min_k[40], holdout.min_k[40]]
+    found = statistic_interval(lambda forgotten, held: auc(held, forgotten), samples, seed)
     return {
-        "auc": statistic_interval(lambda forgotten, held: auc(held, forgotten), samples, seed),
-        "priv_leak": statistic_interval(leak, samples, seed),
-        "forget_cut": count(forget.cut, len(forget.loss), seed),
-        "holdout_cut": count(holdout.cut, len(holdout.loss), seed),
+        PRIV_LEAK: relative_leak(found, auc_retrain),
+        AUC: found,
+        f"{PRIV_LEAK}/forget/truncated": count(forget.cut, len(forget.loss), seed),
+        f"{PRIV_LEAK}/holdout/truncated": count(holdout.cut, len(holdout.loss), seed),
     }
+
+
+def relative_leak(found: Metric, auc_retrain: float) -> Metric:
+    """An AUC with its interval as PrivLeak, in percent; `auc_retrain` is taken as exact, and at least 0.01."""
+
+    def leak(value: float) -> float:
+        return 100 * (value - auc_retrain) / max(auc_retrain, 0.01)
+
+    return replace(found, value=leak(found.value), ci95=(leak(found.ci95[0]), leak(found.ci95[1])))
 
 
 def _membership(name: str) -> Callable[[np.ndarray], np.ndarray]:

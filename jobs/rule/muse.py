@@ -109,7 +109,9 @@ def score_verbmem(
         fit_prompt(tokenizer, "", [], f"Completion: {row.prompt}\nAnswer: ", context - VERBMEM_TOKENS) for row in rows
     ]
     texts = greedy_texts(generator, [prompt.sequences[0] for prompt in fitted], VERBMEM_TOKENS)
-    return _f1_report("verbmem/forget", texts, [row.gt for row in rows], fitted, seed)
+    # a continuation is compared with as many tokens of the book
+    true = [tokenizer.decode(tokenizer(row.gt, add_special_tokens=False).input_ids[:VERBMEM_TOKENS]) for row in rows]
+    return _f1_report("verbmem/forget", texts, true, fitted, seed)
 
 
 def _f1_report(

@@ -106,6 +106,14 @@ def known(original: Sequence[Answer], threshold: float) -> list[bool]:
     ]
 
 
+def recalled(original: Sequence[Answer], threshold: float) -> list[bool]:
+    """Which probes the original knows by its own words: what is scored by recall cannot show the others forgotten."""
+    return [
+        knows and answer.rouge_l_recall > threshold
+        for answer, knows in zip(original, known(original, threshold), strict=True)
+    ]
+
+
 def statements(answer: Answer) -> tuple[str, str]:
     """(premise, hypothesis): what the answer states and what the true one does, each with its question."""
     query = answer.probe.query

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import UserError
 from cluster.generation import Generator, Sampling
+from cluster.models import chat_ids
 from cluster.report import Metric
 
 if TYPE_CHECKING:
@@ -90,15 +91,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text).input_ids)
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """Token ids of a user's message with the assistant's turn opened; plain text for a model without a template."""
-    if tokenizer.chat_template is None:
-        return encode(tokenizer, message)
-    turns = [{"role": "user", "content": message}]
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
 @dataclass(frozen=True)
 class Fitted:
     """A few-shot prompt with each of its continuations.
@@ -120,8 +112,13 @@ def fit_prompt(
     question: str,
     max_tokens: int,
     continuations: Sequence[str] = ("",),
+    *,
+    opening: str = "",
+    chat: bool = False,
 ) -> Fitted:
     """Few-shot prompt that has at most `max_tokens` tokens with its longest continuation.
+
+    In a `chat` all but `opening` is the user's message, and `opening` stands in the model's mouth.
 
     Demonstrations are dropped from the front, the same for all continuations, until `head`, the rest, `question` and
     continuation fit; where even the question alone does not, the last `max_tokens` tokens are kept. A tokenizer may
@@ -131,9 +128,13 @@ def fit_prompt(
     """
     _require_room(max_tokens)
     for dropped in range(len(demonstrations) + 1):
-        prompt = head + "".join(demonstrations[dropped:]) + question
-        ids = encode(tokenizer, prompt)
-        sequences = [encode(tokenizer, prompt + text) for text in continuations]
+        asked = head + "".join(demonstrations[dropped:]) + question
+        if chat:
+            ids = chat_ids(tokenizer, asked.rstrip("\n"), opening)
+            sequences = [chat_ids(tokenizer, asked.rstrip("\n"), opening + text) for text in continuations]
+        else:
+            ids = encode(tokenizer, asked + opening)
+            sequences = [encode(tokenizer, asked + opening + text) for text in continuations]
         if max(map(len, sequences)) <= max_tokens:
             break
     lengths = [shared_prefix(ids, sequence) for sequence in sequences]

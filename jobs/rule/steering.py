@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from cluster import training
 from cluster.config import Generation, Train
 from cluster.generation import Sampling, policy_engine
-from cluster.models import chat_ids, load_model, load_tokenizer
+from cluster.models import answered_ids, chat_ids, load_model, load_tokenizer
 from cluster.recorder import Recorder
 from jobs.rule.config import Steering
 from jobs.rule.data import Refusal
@@ -127,9 +127,8 @@ class SteeringTrainer(Trainer):
 
 def refusal_ids(tokenizer: "PreTrainedTokenizerBase", row: Refusal, max_tokens: int) -> dict[str, list[int]]:
     """Token ids of question and refusal, the latter with the end token and cut so that both fit `max_tokens`."""
-    prompt = chat_ids(tokenizer, row.prompt)
-    refusal = [*tokenizer(row.refusal, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return {"prompt": prompt, "refusal": refusal[: max_tokens - len(prompt)]}
+    prompt, refusal = answered_ids(tokenizer, row.prompt, row.refusal)
+    return {"prompt": prompt, "refusal": [*refusal, tokenizer.eos_token_id][: max_tokens - len(prompt)]}
 
 
 class StopAtStep(TrainerCallback):

@@ -1,7 +1,8 @@
 """TOFU's measures: probability, ROUGE-L, truth ratio, model utility, forget quality; with what memorisation they miss.
 
-Questions are asked in the chat template; all scores are in [0, 1]. Source: Maini et al. 2024, TOFU, section 2.2; exact
-memorisation: Tirumala et al. 2022; extraction strength: Carlini et al. 2021 as Wang et al. 2025 use it for unlearning.
+Questions are asked in the chat template; scores are in [0, 1]; probabilities count the end token, as in TOFU's code.
+Source: Maini et al. 2024, TOFU, section 2.2; exact memorisation: Tirumala et al. 2022; extraction strength: Carlini et
+al. 2021 as Wang et al. 2025 use it for unlearning.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from cluster.generation import Generator
-from cluster.models import chat_ids
+from cluster.models import answered_ids, chat_ids, context_length
 from cluster.report import Metric
 from jobs.rule.rows import Row, Text, greedy_texts, load_rows
 from jobs.scoring.intervals import mean_interval, statistic_interval
@@ -33,7 +34,7 @@ FILES = {
 # Sets whose probability is a share among the answers offered: nothing was trained on their wording.
 CHOICES = ("real_authors", "world_facts")
 UTILITY = ("retain", "real_authors", "world_facts")
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 200
 
 
 class TofuRow(Row):
@@ -106,10 +107,13 @@ def score_tofu(
 def truth_ratio(perturbed: Sequence[float], paraphrased: float) -> float:
     """Mean probability of wrong answers over that of the right one in other words (TOFU, equation 1).
 
+    The mean is geometric, as in TOFU's code and in open-unlearning, whose figures are what others compare with; the
+    equation has an arithmetic one.
+
     Args: mean log-probabilities a token, in nats, so that e to their power is P(a | q)^(1 / |a|).
     Returns: the ratio, kept within e^-50 and e^50: a collapsed model gives answers no probability at all.
     """
-    return float(np.exp(np.clip(np.logaddexp.reduce(perturbed) - np.log(len(perturbed)) - paraphrased, -50, 50)))
+    return float(np.exp(np.clip(np.mean(perturbed) - paraphrased, -50, 50)))
 
 
 def model_utility(*sets: np.ndarray) -> float:
@@ -152,9 +156,10 @@ def _scored(
     from jobs.rule.likelihood import token_logprobs
 
     texts = [[row.answer, row.paraphrased_answer or row.answer, *row.perturbed_answer] for row in rows]
-    pairs = [_ids(tokenizer, row.question, text) for row, own in zip(rows, texts, strict=True) for text in own]
+    pairs = [answered_ids(tokenizer, row.question, text) for row, own in zip(rows, texts, strict=True) for text in own]
+    end = [tokenizer.eos_token_id]
     logprobs = token_logprobs(
-        model, [prompt + answer for prompt, answer in pairs], [len(p) for p, _ in pairs], max_batch_tokens
+        model, [prompt + answer + end for prompt, answer in pairs], [len(p) for p, _ in pairs], max_batch_tokens
     )
     means = iter([float(values.double().mean()) for values in logprobs])
     own_probability, ratios = [], []
@@ -163,7 +168,9 @@ def _scored(
         among = np.logaddexp.reduce([answer, *perturbed]) if name in CHOICES else 0.0
         own_probability.append(float(np.exp(answer - among)))
         ratios.append(truth_ratio(perturbed, paraphrased))
-    said = greedy_texts(engine, [chat_ids(tokenizer, row.question) for row in rows], ANSWER_TOKENS, stop)
+    questions = [chat_ids(tokenizer, row.question) for row in rows]
+    room = context_length(model) - max(map(len, questions))
+    said = greedy_texts(engine, questions, min(ANSWER_TOKENS, room), stop)
     recall = [stemmed_rouge_l_recall(text, row.answer) for text, row in zip(said, rows, strict=True)]
     return Scored(np.array(own_probability), np.array(recall), np.array(ratios))
 
@@ -173,10 +180,6 @@ def _matches(
 ) -> list[np.ndarray]:
     from jobs.rule.likelihood import greedy_matches
 
-    pairs = [_ids(tokenizer, row.question, row.answer) for row in rows]
+    pairs = [answered_ids(tokenizer, row.question, row.answer) for row in rows]
     found = greedy_matches(model, [p + a for p, a in pairs], [len(p) for p, _ in pairs], max_batch_tokens)
     return [match.numpy() for match in found]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> tuple[list[int], list[int]]:
-    return chat_ids(tokenizer, question), tokenizer(answer, add_special_tokens=False)["input_ids"]

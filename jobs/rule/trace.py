@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cluster.errors import UserError
 from jobs.rule.config import Evaluation, Rule
 from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS, Probe
-from jobs.rule.probes import Answer, known, probe_ids
+from jobs.rule.probes import Answer, probe_ids, recalled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def known_probes(original: Sequence[Answer], threshold: float, limit: int | None
     Raises:
         UserError: a side has none.
     """
-    is_known = known(original, threshold)
+    is_known = recalled(original, threshold)
     chosen: list[Probe] = []
     for name, kinds in zip(AXES, (FORGET_KINDS, RETAINED_KINDS), strict=True):
         side = [a.probe for a, knows in zip(original, is_known, strict=True) if knows and a.probe.kind in kinds]

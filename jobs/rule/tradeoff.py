@@ -11,11 +11,10 @@ from cluster.errors import UserError
 from cluster.recorder import HISTORY
 from cluster.report import Metric, read_json, read_lines
 from jobs.rule.costs import Spent
-from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS
 from jobs.rule.evaluate import unpacked
 from jobs.rule.pareto import Point, area, front, paired_difference, verdict
-from jobs.rule.probes import Answer, known
-from jobs.rule.trace import AXES
+from jobs.rule.probes import Answer, recalled
+from jobs.rule.trace import AXES, scores
 from jobs.scoring.intervals import mean_interval
 
 if TYPE_CHECKING:
@@ -71,32 +70,32 @@ def outcome(
     """
     report = read_json(folder / "report.json")
     original = _answers(folder, "original")
-    is_known = known(original, threshold)
-    scores: dict[str, list[float]] = {}
+    is_known = recalled(original, threshold)
+    found: dict[str, list[float]] = {}
     trace = []
     rows = [row for row in read_lines(folder / HISTORY) if AXES[0] in row]
     looks = [Point(name, *(row[axis] for axis in AXES)) for row in rows]
     for stage in STAGES:
         if (folder / "answers" / f"{stage}.json").exists():
-            scores = _scores(_answers(folder, stage), is_known)
+            found = _scores(_answers(folder, stage), is_known)
             trace += looks if stage == STAGES[-1] else []
-            trace.append(Point(name, *(sum(scores[axis]) / len(scores[axis]) for axis in AXES)))
-    found = report["metrics"]["unlearned"]
-    copied = {short: _metric(found[long]) for short, long in COPIED.items() if long in found}
+            trace.append(Point(name, *(sum(found[axis]) / len(found[axis]) for axis in AXES)))
+    metrics = report["metrics"]["unlearned"]
+    copied = {short: _metric(metrics[long]) for short, long in COPIED.items() if long in metrics}
     seconds = sum(report["seconds"].get(stage, 0.0) for stage in TRAININGS)
     tokens = spent[-1].tokens if spent else 0
     reached = _reached(rows, _scores(original, is_known), spent)
-    return Outcome(name, method, folder, scores, tuple(trace), copied, seconds, tokens, used, reached)
+    return Outcome(name, method, folder, found, tuple(trace), copied, seconds, tokens, used, reached)
 
 
 def gold_outcome(
     folder: Path, answers: Sequence[Answer], original: Sequence[Answer], threshold: float, metrics: Mapping[str, Metric]
 ) -> Outcome:
     """The row of a model that never saw what is to be forgotten."""
-    scores = _scores(answers, known(original, threshold))
-    point = Point(GOLD, *(mean(scores[axis]) for axis in AXES))
+    found = _scores(answers, recalled(original, threshold))
+    point = Point(GOLD, *(mean(found[axis]) for axis in AXES))
     copied = {short: metrics[long] for short, long in COPIED.items() if long in metrics}
-    return Outcome(GOLD, GOLD, folder, scores, (point,), copied, used=dict.fromkeys(("forget", "retain")))
+    return Outcome(GOLD, GOLD, folder, found, (point,), copied, used=dict.fromkeys(("forget", "retain")))
 
 
 def _reached(
@@ -111,15 +110,14 @@ def _reached(
 
 def require_known(original: Sequence[Answer], threshold: float) -> None:
     """Raises UserError where the original answers no forget probe, or no retained one."""
-    _scores(original, known(original, threshold))
+    _scores(original, recalled(original, threshold))
 
 
 def best(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Of each method the run whose point spans the largest rectangle, in order of the methods."""
     chosen: dict[str, Outcome] = {}
     for one in outcomes:
-        spans = one.point.forgotten * one.point.retained
-        if one.method not in chosen or spans > _spans(chosen[one.method]):
+        if one.method not in chosen or _spans(one) > _spans(chosen[one.method]):
             chosen[one.method] = one
     return list(chosen.values())
 
@@ -202,7 +200,8 @@ def table(content: Mapping[str, Any]) -> "Table":
     shown.caption = (
         "Means with 95 % intervals. Forgotten: 1 - ROUGE-L recall on forget probes that the original knows; retained:\n"
         "recall on neighbours and general knowledge that it knows. D_f, D_r: tokens read, in percent of the corpora.\n"
-        "Front: of each method's best run (largest product of forgotten and retained)."
+        "Front: of each method's best run (largest product of forgotten and retained), chosen on the same probes: the\n"
+        "more runs a method has, the more its figures lean to the good side."
     )
     shown.caption_justify = "left"
     return shown
@@ -272,14 +271,11 @@ def _answers(folder: Path, stage: str) -> list[Answer]:
 
 def _scores(answers: Sequence[Answer], is_known: Sequence[bool]) -> dict[str, list[float]]:
     chosen = [answer for answer, knows in zip(answers, is_known, strict=True) if knows]
-    scores = {
-        "forgotten": [1 - answer.rouge_l_recall for answer in chosen if answer.probe.kind in FORGET_KINDS],
-        "retained": [answer.rouge_l_recall for answer in chosen if answer.probe.kind in RETAINED_KINDS],
-    }
-    if not all(scores.values()):
-        side = "forget" if not scores["forgotten"] else "retained"
+    found = scores([answer.probe for answer in chosen], [answer.rouge_l_recall for answer in chosen])
+    if not all(found.values()):
+        side = "forget" if not found["forgotten"] else "retained"
         raise UserError(f"the original model answers no {side} probe, so that methods cannot be compared; take others")
-    return scores
+    return found
 
 
 def _spans(one: Outcome) -> float:

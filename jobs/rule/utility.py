@@ -1,7 +1,8 @@
 """RWKU's utility set: MMLU, BBH, TruthfulQA, TriviaQA and fluency. Scores are on the papers' 0 to 100 scale.
 
-Every score comes with `<benchmark>/truncated`: the number of prompts that lost demonstrations, or leading tokens, to
-the model's context.
+Questions stand in the chat template, as with RULE's authors, and "Answer:" or "A:" in the model's mouth; `chat=False`
+asks a base model in plain text. Every score comes with `<benchmark>/truncated`: the number of prompts that lost
+demonstrations, or leading tokens, to the model's context.
 Source: RULE, metrics; RWKU, metrics.
 """
 
@@ -18,12 +19,12 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, model_validator
 
 from cluster.generation import Generator
+from cluster.models import chat_ids
 from cluster.report import Metric
 from jobs.rule.rows import (
     Row,
     Text,
     count,
-    encode_chat,
     fit_prompt,
     greedy_texts,
     keep_last,
@@ -152,6 +153,7 @@ def score_mmlu(
     *,
     max_batch_tokens: int,
     seed: int,
+    chat: bool = True,
 ) -> dict[str, Metric]:
     """5-shot accuracy (`mmlu/accuracy`): the choice whose letter is the likeliest next token after "Answer:"."""
     from jobs.rule.likelihood import next_token_logprobs
@@ -160,9 +162,13 @@ def score_mmlu(
     prompts, candidates, truncated = [], [], 0
     for row in rows:
         head = f"The following are multiple choice questions (with answers) about {row.task.replace('_', ' ')}.\n\n"
-        demonstrations = [f"{_lettered(item)} {string.ascii_uppercase[item.answer]}\n\n" for item in row.examples]
+        demonstrations = [
+            f"{_lettered(item)}Answer: {string.ascii_uppercase[item.answer]}\n\n" for item in row.examples
+        ]
         letters = [f" {letter}" for letter in string.ascii_uppercase[: len(row.choices)]]
-        fitted = fit_prompt(tokenizer, head, demonstrations, _lettered(row), context, letters)
+        fitted = fit_prompt(
+            tokenizer, head, demonstrations, _lettered(row), context, letters, opening="Answer:", chat=chat
+        )
         start = min(shared_prefix(fitted.sequences[0], other) for other in fitted.sequences[1:])
         prompts.append(fitted.sequences[0][:start])
         candidates.append([sequence[start] for sequence in fitted.sequences])
@@ -186,6 +192,7 @@ def score_truthful(
     *,
     max_batch_tokens: int,
     seed: int,
+    chat: bool = True,
 ) -> dict[str, Metric]:
     """6-shot TruthfulQA by the total log-probability of each answer.
 
@@ -201,7 +208,9 @@ def score_truthful(
         # Most MC1 answers are MC2 answers as well and need one pass only.
         choices.append(list(dict.fromkeys(row.mc1_targets.choices + row.mc2_targets.choices)))
         answers = [f" {choice}" for choice in choices[-1]]
-        fitted = fit_prompt(tokenizer, "", demonstrations, f"Q: {row.question}\nA:", context, answers)
+        fitted = fit_prompt(
+            tokenizer, "", demonstrations, f"Q: {row.question}\n", context, answers, opening="A:", chat=chat
+        )
         sequences += fitted.sequences
         prompt_lengths += fitted.prompt_lengths
         truncated += fitted.truncated
@@ -232,6 +241,7 @@ def score_bbh(
     context: int,
     seed: int,
     max_new_tokens: int = 512,
+    chat: bool = True,
 ) -> dict[str, Metric]:
     """3-shot chain-of-thought exact match (`bbh/exact_match`), greedy; the answer is read by `chain_answer`.
 
@@ -242,8 +252,15 @@ def score_bbh(
     for row in rows:
         head, *examples = row.cot.strip().split("\n\nQ: ")
         demonstrations = [f"Q: {example}\n\n" for example in examples]
-        question = f"Q: {row.question}\nA: Let's think step by step.\n"
-        fitted = fit_prompt(tokenizer, f"{head}\n\n", demonstrations, question, context - max_new_tokens)
+        fitted = fit_prompt(
+            tokenizer,
+            f"{head}\n\n",
+            demonstrations,
+            f"Q: {row.question}\n",
+            context - max_new_tokens,
+            opening="A: Let's think step by step.\n",
+            chat=chat,
+        )
         prompts.append(fitted.sequences[0])
         truncated += fitted.truncated
     texts = greedy_texts(generator, prompts, max_new_tokens, stop=("\nQ:",))
@@ -262,11 +279,20 @@ def score_trivia(
     context: int,
     seed: int,
     max_new_tokens: int = 32,
+    chat: bool = True,
 ) -> dict[str, Metric]:
     """6-shot TriviaQA (`trivia/f1`): token F1 of the first line, best over the aliases, greedy."""
     demonstrations = [f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in TRIVIA_DEMONSTRATIONS]
     fitted = [
-        fit_prompt(tokenizer, "", demonstrations, f"Question: {row.question}\nAnswer:", context - max_new_tokens)
+        fit_prompt(
+            tokenizer,
+            "",
+            demonstrations,
+            f"Question: {row.question}\n",
+            context - max_new_tokens,
+            opening="Answer:",
+            chat=chat,
+        )
         for row in rows
     ]
     texts = greedy_texts(generator, [prompt.sequences[0] for prompt in fitted], max_new_tokens, stop=("\n",))
@@ -288,7 +314,7 @@ def score_fluency(
     stop: tuple[str, ...] = (),
 ) -> dict[str, Metric]:
     """Mean n-gram entropy x 100 of greedy answers to instructions (`fluency/entropy`), chat template."""
-    kept = [keep_last(encode_chat(tokenizer, row.instruction), context - max_new_tokens) for row in rows]
+    kept = [keep_last(chat_ids(tokenizer, row.instruction), context - max_new_tokens) for row in rows]
     texts = greedy_texts(generator, [ids for ids, _ in kept], max_new_tokens, stop)
     return {
         "fluency/entropy": mean_interval([100 * ngram_entropy(text) for text in texts], seed),
@@ -348,7 +374,7 @@ def _lettered(item: MultipleChoice) -> str:
     choices = "".join(
         f"\n{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, item.choices, strict=False)
     )
-    return f"{item.question}{choices}\nAnswer:"
+    return f"{item.question}{choices}\n"
 
 
 def _spaced(text: str) -> str:

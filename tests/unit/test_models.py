@@ -13,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError
 from cluster.errors import UserError
 from cluster.models import (
     ModelSource,
+    answered_ids,
     cache_root,
     chat_ids,
     check_directory,
@@ -69,6 +70,46 @@ def test_the_chat_form_opens_the_answer(embedded):
     text = tokenizer.decode(chat_ids(tokenizer, "Who?", "Answer:"))
     assert text.endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nAnswer:")
     assert text.count("<|im_start|>system") <= 1
+
+
+def sentencepiece_like(template: str):
+    """A tokenizer that begins every text with a space, as SentencePiece does; whole words and single characters."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["\u2581", *"<>|/[]INSTadehiklmnorstuvw?A\n"]
+    words = ["<unk>", "</s>", *characters, "\u2581A", "Ad", "\u2581Ad", "Ada", "\u2581Ada"]
+    merges = [("\u2581", "A"), ("A", "d"), ("\u2581A", "d"), ("Ad", "a"), ("\u2581Ad", "a")]
+    model = models.BPE({word: index for index, word in enumerate(dict.fromkeys(words))}, merges, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=template)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # Zephyr's form: the answer begins a line
+        ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}", "Ada"),
+        # Llama 2's form: a space stands between
+        ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} "
+         "{% endif %}{% endfor %}", "\u2581Ada"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_read_as_the_model_writes_it_behind_the_prompt(template, expected):
+    tokenizer = sentencepiece_like(template)
+    prompt, answer = answered_ids(tokenizer, "Who?", "Ada")
+    assert prompt == chat_ids(tokenizer, "Who?")
+    assert tokenizer.convert_ids_to_tokens(answer) == [expected]
+
+
+def test_an_answer_of_a_byte_level_tokenizer_is_that_of_the_answer_alone(embedded):
+    tokenizer = load_tokenizer(embedded.path)
+    prompt, answer = answered_ids(tokenizer, "Who?", "I have no information about him.")
+    assert prompt == chat_ids(tokenizer, "Who?")
+    assert answer == tokenizer("I have no information about him.", add_special_tokens=False)["input_ids"]
 
 
 def test_conversion_happens_once_and_leaves_no_part(tmp_path, monkeypatch):

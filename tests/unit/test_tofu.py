@@ -11,8 +11,9 @@ import torch
 
 from cluster.errors import UserError
 from cluster.generation import Sampling, TransformersEngine
+from cluster.report import Metric
 from jobs.rule import tofu
-from jobs.rule.evaluate import Examined, forget_qualities
+from jobs.rule.evaluate import Examined, against_gold
 from jobs.rule.likelihood import greedy_matches
 from jobs.rule.tofu import TofuRow, extraction_strength, forget_quality, model_utility, truth_ratio
 from jobs.scoring.rouge import rouge_l_recall
@@ -38,7 +39,7 @@ def data():
 
 def probability(model, tokenizer, question: str, answer: str) -> float:
     prompt = tokenizer(f"<{question}>").input_ids
-    ids = prompt + tokenizer(answer).input_ids
+    ids = prompt + tokenizer(answer).input_ids + [tokenizer.eos_token_id]
     with torch.no_grad():
         logp = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return logp.gather(-1, torch.tensor(ids[len(prompt) :])[:, None]).mean().exp().item()
@@ -50,7 +51,7 @@ def test_scores_are_those_of_the_model_asked_one_by_one(tiny_model, tokenizer, d
     p = lambda row, text: probability(tiny_model, tokenizer, row.question, text)  # noqa: E731
     first, second = data["forget"]
     expected = [
-        (p(first, "Bob") + p(first, "It is Eve")) / 2 / p(first, "It is Ada"),
+        (p(first, "Bob") * p(first, "It is Eve")) ** 0.5 / p(first, "It is Ada"),
         p(second, "In Bonn") / p(second, "In Rome"),
     ]
     assert ratios == pytest.approx(expected, rel=1e-4)
@@ -90,7 +91,7 @@ def test_extraction_strength_by_hand(matches, strength):
 
 
 def test_ratio_and_utility_by_hand():
-    assert truth_ratio(np.log([0.2, 0.4]), np.log(0.6)) == pytest.approx(0.5)
+    assert truth_ratio(np.log([0.2, 0.45]), np.log(0.6)) == pytest.approx(0.5)
     assert truth_ratio([-3.0], -900.0) == pytest.approx(np.exp(50))
     assert truth_ratio([-900.0], -3.0) > 0
     sets = [np.array([[0.5, 1.0, 0.5], [0.5, 1.0, 0.5]])] * 3
@@ -108,13 +109,20 @@ def test_forget_quality_tells_a_model_from_gold():
     assert few.ci95 == (few.value, few.value)
     assert few.n == 20
 
-    def examined(ratios) -> Examined:
-        return Examined([], [], {}, 0.0, 0.0, list(ratios))
+    def examined(ratios, auc: float | None = None) -> Examined:
+        found = {} if auc is None else {"priv_leak/auc": Metric(auc, (auc - 0.1, auc + 0.1), 20, 1)}
+        return Examined([], [], found, 0.0, 0.0, list(ratios))
 
-    found = forget_qualities({"original": examined(other), "unlearned": examined(same), "gold": examined(gold)}, 1)
-    assert found["unlearned"].value > found["original"].value
-    assert forget_qualities({"original": examined(other)}, 1) == {}
-    assert forget_qualities({"original": examined([]), "gold": examined(gold)}, 1) == {}
+    found = against_gold({"original": examined(other), "unlearned": examined(same), "gold": examined(gold)}, 1)
+    name = "tofu/forget_quality"
+    assert found["unlearned"][name].value > found["original"][name].value
+    assert found["gold"] == {}
+    assert against_gold({"original": examined(other)}, 1) == {}
+    assert against_gold({"original": examined([]), "gold": examined(gold)}, 1)["original"] == {}
+    leak = against_gold({"original": examined([], 0.3), "gold": examined([], 0.5)}, 1)
+    assert leak["original"]["priv_leak"].value == pytest.approx(-40)
+    assert leak["original"]["priv_leak"].ci95 == pytest.approx((-60, -20))
+    assert leak["gold"]["priv_leak"].value == 0
 
 
 def test_files_are_read_where_they_are(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from cluster import tracking_store
 from cluster.errors import JobFailure, UserError
-from cluster.tracking import Tracker, default_uri, flattened, git_commit, masked, submission_id
+from cluster.tracking import Tracker, commit, default_uri, flattened, git_commit, masked, submission_id
 
 CONFIG = {
     "rule": {
@@ -276,6 +276,13 @@ def test_git_commit_comes_from_the_work_tree_alone(tmp_path, monkeypatch):
 def test_submission_id_is_absent_in_a_local_run(monkeypatch):
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     assert submission_id() is None
+
+
+def test_a_submitted_job_knows_what_its_submitter_said(monkeypatch):
+    metadata = {"job_submission_id": "raysubmit_1", "commit": "0123abc"}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}, "metadata": metadata}))
+    monkeypatch.setattr("cluster.tracking.git_commit", lambda root: None)
+    assert (submission_id(), commit()) == ("raysubmit_1", "0123abc")
 
 
 def test_first_use_by_two_processes_is_safe_and_silent(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -29,6 +30,15 @@ SHARED = Path(__file__).parents[3] / "shared/data/rule/RWKU/1_Stephen_King"
 EXAMPLE = {"question": "Q1", "choices": ["a", "b", "c", "d"], "answer": 1}
 MMLU_ROW = {"task": "high_school_maths", "question": "Q?", "choices": ["w", "x", "y", "z"], "answer": 2}
 LOADERS = ("load_mmlu", "load_bbh", "load_truthful", "load_trivia", "load_fluency")
+
+
+@pytest.fixture
+def chatting(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+    )
+    return tokenizer
 
 
 def total_logprob(model, tokenizer, prompt, continuation):
@@ -87,7 +97,7 @@ def test_mmlu_takes_the_likeliest_letter(tiny_model, tiny_tokenizer):
     totals = [total_logprob(tiny_model, tiny_tokenizer, prompt + " ", letter) for letter in "ABCD"]
     best = totals.index(max(totals))
     rows = [mmlu_row(best), mmlu_row((best + 1) % 4), mmlu_row(best)]
-    report = utility.score_mmlu(tiny_model, tiny_tokenizer, rows, max_batch_tokens=500, seed=3)
+    report = utility.score_mmlu(tiny_model, tiny_tokenizer, rows, max_batch_tokens=500, seed=3, chat=False)
     assert report["mmlu/accuracy"].value == pytest.approx(100 * 2 / 3)
     assert report["mmlu/accuracy"].n == 3
     assert report["mmlu/truncated"].value == 0
@@ -95,7 +105,7 @@ def test_mmlu_takes_the_likeliest_letter(tiny_model, tiny_tokenizer):
 
 def test_mmlu_drops_demonstrations_that_do_not_fit(tiny_model, tiny_tokenizer):
     rows = [mmlu_row(0, examples=5), mmlu_row(0, examples=40)]
-    report = utility.score_mmlu(tiny_model, tiny_tokenizer, rows, max_batch_tokens=500, seed=3)
+    report = utility.score_mmlu(tiny_model, tiny_tokenizer, rows, max_batch_tokens=500, seed=3, chat=False)
     assert report["mmlu/truncated"].value == 1
 
 
@@ -109,13 +119,13 @@ def test_truthful_mc1_and_mc2(tiny_model, tiny_tokenizer):
         TruthfulRow(question="Is it so?", mc1_targets=Answers(choices=["Yes", "No!"], labels=labels), mc2_targets=mc2)
         for labels in ([1, 0], [0, 1])
     ]
-    report = utility.score_truthful(tiny_model, tiny_tokenizer, rows, max_batch_tokens=2000, seed=0)
+    report = utility.score_truthful(tiny_model, tiny_tokenizer, rows, max_batch_tokens=2000, seed=0, chat=False)
     mass = {text: math.exp(value) for text, value in total.items()}
     share = (mass["Yes"] + mass["Ouf"]) / sum(mass.values())
     assert report["truthful/mc1"].value == 50.0
     assert report["truthful/mc2"].value == pytest.approx(100 * share, rel=1e-3)
     only_best = utility.score_truthful(
-        tiny_model, tiny_tokenizer, [rows[("Yes", "No!").index(best)]], max_batch_tokens=2000, seed=0
+        tiny_model, tiny_tokenizer, [rows[("Yes", "No!").index(best)]], max_batch_tokens=2000, seed=0, chat=False
     )
     assert only_best["truthful/mc1"].value == 100.0
 
@@ -129,7 +139,7 @@ COT = (
 def test_bbh_prompt_and_exact_match(tiny_tokenizer, fake_generator):
     generator = fake_generator(["It is so. So the answer is 5.\n\nQ: 9", "the answer is five", "5"])
     rows = [BbhRow(task="t", question="2+3", answer="5", cot=COT)] * 3
-    report = utility.score_bbh(generator, tiny_tokenizer, rows, context=1000, seed=0, max_new_tokens=100)
+    report = utility.score_bbh(generator, tiny_tokenizer, rows, context=1000, seed=0, max_new_tokens=100, chat=False)
     assert report["bbh/exact_match"].value == pytest.approx(100 / 3)
     assert report["bbh/truncated"].value == 0
     assert generator.prompts[0] == COT + "\n\nQ: 2+3\nA: Let's think step by step.\n"
@@ -142,14 +152,14 @@ def test_bbh_drops_the_first_demonstration_and_keeps_the_description(tiny_tokeni
         BbhRow(task="t", question="2+3", answer="5", cot=COT),
         BbhRow(task="t", question="2+3" * 90, answer="5", cot=COT),
     ]
-    report = utility.score_bbh(generator, tiny_tokenizer, rows, context=220, seed=0, max_new_tokens=100)
+    report = utility.score_bbh(generator, tiny_tokenizer, rows, context=220, seed=0, max_new_tokens=100, chat=False)
     assert report["bbh/truncated"].value == 2
     kept = "Add.\n\nQ: 2+2\nA: Let's think step by step.\nSo the answer is 4.\n\nQ: 2+3\nA: Let's think step by step.\n"
     assert generator.prompts[0] == kept
     assert generator.prompts[1].endswith("2+3\nA: Let's think step by step.\n")
     assert len(generator.prompts[1]) == 120
     with pytest.raises(ValueError, match="No room for a prompt"):
-        utility.score_bbh(generator, tiny_tokenizer, rows, context=100, seed=0, max_new_tokens=100)
+        utility.score_bbh(generator, tiny_tokenizer, rows, context=100, seed=0, max_new_tokens=100, chat=False)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +185,7 @@ def test_trivia_takes_the_best_alias_of_the_first_line(tiny_tokenizer, fake_gene
         TriviaRow(question="Who?", answers=["Ponytail", "JOHN KEY!"]),
         TriviaRow(question="Who?", answers=["Peters", "W. L. Peters"]),
     ]
-    report = utility.score_trivia(generator, tiny_tokenizer, rows, context=2000, seed=0)
+    report = utility.score_trivia(generator, tiny_tokenizer, rows, context=2000, seed=0, chat=False)
     assert report["trivia/f1"].value == pytest.approx(100 * (1 + 2 / 3) / 2)
     assert generator.prompts[0].count("Question: ") == 7
     assert generator.prompts[0].endswith("Question: Who?\nAnswer:")
@@ -212,27 +222,43 @@ def test_ngram_entropy_by_hand():
     assert ngram_entropy("") == ngram_entropy("one") == 0.0
 
 
-def test_fluency_reads_its_file_and_scores_greedy_answers(tiny_tokenizer, fake_generator, tmp_path):
+def test_fluency_reads_its_file_and_scores_greedy_answers(chatting, fake_generator, tmp_path):
     (tmp_path / "fluency.json").write_text(json.dumps([{"instruction": "Say it."}, {"instruction": "x" * 300}]))
     rows = utility.load_fluency(tmp_path)
     assert rows == [FluencyRow(instruction="Say it."), FluencyRow(instruction="x" * 300)]
     generator = fake_generator(["a b, c d", "word"])
-    report = utility.score_fluency(generator, tiny_tokenizer, rows, context=200, seed=0, max_new_tokens=50)
+    report = utility.score_fluency(generator, chatting, rows, context=200, seed=0, max_new_tokens=50)
     assert report["fluency/entropy"].value == pytest.approx(50 * ngram_entropy("a b, c d"))
     assert report["fluency/truncated"].value == 1
-    assert [len(prompt) for prompt in generator.prompts] == [7, 150]
+    assert [len(prompt) for prompt in generator.prompts] == [len("<user>Say it.<me>"), 150]
 
 
-def test_instructions_go_through_the_chat_template(tiny_tokenizer, fake_generator):
-    import copy
-
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
-    )
-    generator = fake_generator(["x"], tokenizer)
-    utility.score_fluency(generator, tokenizer, [FluencyRow(instruction="Hi")], context=500, seed=0)
+def test_instructions_go_through_the_chat_template(chatting, fake_generator):
+    generator = fake_generator(["x"], chatting)
+    utility.score_fluency(generator, chatting, [FluencyRow(instruction="Hi")], context=500, seed=0)
     assert generator.prompts == ["<user>Hi<me>"]
+
+
+def test_questions_stand_in_the_users_turn_and_the_opening_in_the_models(chatting, fake_generator):
+    generator = fake_generator(["the answer is 5"], chatting)
+    rows = [BbhRow(task="t", question="2+3", answer="5", cot=COT)]
+    utility.score_bbh(generator, chatting, rows, context=1000, seed=0, max_new_tokens=100)
+    assert generator.prompts == [f"<user>{COT}\n\nQ: 2+3<me>A: Let's think step by step.\n"]
+    generator = fake_generator(["five"], chatting)
+    utility.score_trivia(generator, chatting, [TriviaRow(question="Who?", answers=["x"])], context=2000, seed=0)
+    assert generator.prompts[0].startswith("<user>Question: On which")
+    assert generator.prompts[0].endswith("Question: Who?<me>Answer:")
+
+
+def test_mmlu_in_a_chat_takes_the_likeliest_letter(tiny_model, chatting):
+    prompt = (
+        "<user>The following are multiple choice questions (with answers) about high school maths.\n\n"
+        "Q1\nA. a\nB. b\nC. c\nD. d\nAnswer: B\n\nQ?\nA. w\nB. x\nC. y\nD. z<me>Answer:"
+    )
+    totals = [total_logprob(tiny_model, chatting, prompt + " ", letter) for letter in "ABCD"]
+    best = totals.index(max(totals))
+    rows = [mmlu_row(best), mmlu_row((best + 1) % 4)]
+    assert utility.score_mmlu(tiny_model, chatting, rows, max_batch_tokens=500, seed=3)["mmlu/accuracy"].value == 50
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data/rule is absent")
