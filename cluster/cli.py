@@ -19,7 +19,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 Profile = Annotated[
     str | None,
-    typer.Option("--profile", help="Values of this profile in ray_config.yaml, over its base values (the paper's)."),
+    typer.Option("--profile", help="Values of this profile in ray_config.yaml, over its base values."),
 ]
 Set = Annotated[
     list[str] | None,

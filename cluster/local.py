@@ -9,7 +9,6 @@ They run in process sessions of their own under the storage path, so `down` ends
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -25,7 +24,7 @@ from pathlib import Path
 from cluster import processes
 from cluster.errors import JobFailure, UserError
 from cluster.processes import Session
-from cluster.report import read_json
+from cluster.report import read_json, write_json
 
 LOOPBACK = "127.0.0.1"
 START_DEADLINE_S = 120.0
@@ -134,7 +133,7 @@ def up(storage: Path, ports: Ports, num_cpus: int | None = None) -> tuple[Local,
             sessions.append(processes.start(_ray_command(ports, temp, num_cpus), env, temp, _log(storage, "ray")))
             sessions.append(processes.start(_mlflow_command(storage, ports), env, temp, _log(storage, "mlflow")))
             local = Local(*sessions, ports=ports, token=token, temp=temp)
-            _write(storage / "cluster.json", json.dumps(local.to_json(), indent=2))
+            write_json(local.to_json(), storage / "cluster.json")
             dashboard, bearer = f"{local.dashboard_uri}/api/version", _bearer(token)
             _wait("the Ray head", lambda: _answers(dashboard, bearer), local.ray, _log(storage, "ray"))
             _wait("MLflow", lambda: _answers(f"{local.mlflow_uri}/health"), local.mlflow, _log(storage, "mlflow"))
@@ -312,9 +311,3 @@ def _tail(log: Path, lines: int = 15) -> str:
 
 def _log(storage: Path, name: str) -> Path:
     return storage / "cluster" / f"{name}.log"
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_suffix(".draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

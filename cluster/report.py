@@ -5,9 +5,10 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import UserError
 
@@ -27,13 +28,22 @@ class Metric:
 
 
 def write_json(content: object, path: Path) -> Path:
-    """Writes `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    """Writes `content` to `path` as `write_text` does."""
+    return write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", path)
+
+
+def write_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+    """Writes a JSON Lines file as `write_text` does."""
+    return write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+
+
+def write_text(text: str, path: Path) -> Path:
+    """Writes a file so that a reader sees the old one or the new one, never a part, even after power was cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -64,15 +74,6 @@ def read_lines(path: Path) -> list[dict]:
     Lines end at a line feed only: texts may hold other separators (U+2028), which JSON leaves as they are.
     """
     return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
-
-
-def write_lines(rows: Iterable[dict], path: Path) -> Path:
-    """Writes a JSON Lines file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
-    return path
 
 
 def digest(content: object) -> str:

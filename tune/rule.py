@@ -167,13 +167,15 @@ def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
     if config.rule.method != "RULE":
         raise UserError(f"rule.method = {config.rule.method} has no stage 2 to search; take RULE, or `compare`")
     base = RuleConfig(**{name: getattr(config, name) for name in RuleConfig.model_fields})
-    keys = {"cluster.storage": str(Path(config.cluster.storage).expanduser().resolve()), "tracking.uri": None}
+    keys = {
+        "cluster.storage": str(Path(config.cluster.storage).expanduser().resolve()),
+        "tracking.uri": None,
+        "rule.trace.naturalness": config.tune.rule.naturalness,
+    }
     for name in ("model", "data"):
         place = Path(getattr(config.rule, name)).expanduser()
         if place.exists() and getattr(config.rule, name) != DEMO_NAME:  # a folder of that name is not what a run takes
             keys[f"rule.{name}"] = str(place.resolve())
-    if config.tune.rule.naturalness:
-        keys["rule.trace.naturalness"] = True
     if base.rule.trace.every is None:
         keys["rule.trace.every"] = max(1, base.rule.rebo.steps // LOOKS)
     space = present(config.tune.rule.space, PLACE)

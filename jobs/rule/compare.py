@@ -48,8 +48,13 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """METHOD or METHOD@LEARNING_RATE."""
-        return self.method if self.learning_rate is None else f"{self.method}@{self.learning_rate}"
+        """METHOD or METHOD@LEARNING_RATE, as 2e-6."""
+        return self.method if self.learning_rate is None else f"{self.method}@{self.rate}"
+
+    @property
+    def rate(self) -> str:
+        """The learning rate as people write it, without zeros in the exponent."""
+        return re.sub(r"e([+-])0+(\d)", r"e\1\2", str(self.learning_rate))
 
     def applied(self, config: RuleConfig) -> RuleConfig:
         """The configuration of its run."""
@@ -336,7 +341,7 @@ def _content(own: Mapping[Entry, job.Run], failures: Mapping[str, str]) -> dict[
 def slug(entry: Entry) -> str:
     """The name of an entry's folder."""
     method = entry.method.replace("+", "-")
-    return method if entry.learning_rate is None else f"{method}-at-{entry.learning_rate}"
+    return method if entry.learning_rate is None else f"{method}-at-{entry.rate}"
 
 
 def beside(folder: Path, suffix: str) -> Path:

@@ -29,7 +29,7 @@ class Reward(Section):
     """The rule-based reward of stage 2."""
 
     design: str = "forget_two_stage_abs_target"
-    rouge_threshold: float | None = Field(default=None, ge=0, le=1)
+    rouge_threshold: float | None = Field(default=None, ge=0, lt=1)
     target_bonus: float = Field(default=0.5, ge=0, le=1)
     behave_weight: float = Field(default=0.7, ge=0, le=1)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import models, runs, session
 from cluster.errors import paths_named
 from cluster.recorder import HISTORY, peaks
-from cluster.report import digest, read_json, read_lines, write_json
+from cluster.report import digest, read_json, read_lines, write_json, write_lines
 from cluster.runs import claim, exclusively
 from cluster.tracking import Tracker, masked
 from jobs.rule import methods, shared, stages
@@ -268,6 +268,7 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
             metrics[stage] |= found
     history = read_lines(folder / HISTORY)
     content = provenance(run, tracker) | {
+        "job": "evaluate" if unlearned is None else "run",
         "method": rule.method,
         "metrics": {stage: {name: m.to_json() for name, m in found.items()} for stage, found in metrics.items()},
         "seconds": run.state["seconds"],
@@ -280,7 +281,7 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
         tracker.artifact(path, "plots")
     for stage, one in examined.items():
         rows = [answer.to_json() for answer in one.answers]
-        reporting.samples_jsonl(rows, folder / "samples" / f"{stage}.jsonl")
+        write_lines(rows, folder / "samples" / f"{stage}.jsonl")
         tracker.samples(rows, stage)
         flat = {name: metric.value for name, metric in metrics[stage].items()}
         # MLflow keeps what a step has: what another judge says is a later step's

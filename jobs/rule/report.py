@@ -5,19 +5,17 @@ The parts of `report` that are read here:
     model         name of the base model, as the configuration gives it
     targets       names of what was unlearned
     command       the command line of the run
-    data_digests  data set -> sha256
+    data_digests  data set -> beginning of its sha256
     metrics       stage -> name -> {"value", "ci95": [low, high], "n", "seed"}; stages are the keys of STAGES
     seconds       phase -> seconds
 
 A metric's name is KIND/MEASURE over all probes of a kind and known/KIND/MEASURE over those that the original model
 answers, with KIND a `Probe.kind`, one with a type behind it (forget_aa/cloze), or an aggregate (forget, retain), and
-MEASURE a key of MEASURES. Every other name (mia/auc_min_k_20) goes to the second table as it is.
+MEASURE a key of MEASURES. Every other name (mia/auc/min_20) goes to the second table as it is.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,8 @@ from typing import Any
 import yaml
 from rich import box
 from rich.table import Table
+
+from cluster.report import write_text
 
 STAGES = {"original": "original", "steered": "after stage 1", "unlearned": "unlearned", "gold": "never saw it"}
 MEASURES = {"refusal": "refusal", "refusal_rule": "RULE refusal", "rouge_l_recall": "ROUGE-L"}
@@ -118,11 +118,6 @@ def other_table(report: Mapping[str, Any]) -> Table | None:
     return shown
 
 
-def samples_jsonl(samples: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Write one JSON object a line; the file appears whole or not at all."""
-    _write(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
-
-
 def write_markdown(report: Mapping[str, Any], path: Path) -> None:
     """Write the model card that lies beside the unlearned model (README.md with YAML front matter)."""
     front = {
@@ -152,14 +147,14 @@ def write_markdown(report: Mapping[str, Any], path: Path) -> None:
     parts += [
         "## How it was made",
         f"```\n{report['command']}\n```",
-        _markdown_table(["data", "sha256"], digests),
+        _markdown_table(["data", "digest (sha256)"], digests),
         "## Loading",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```',
         "The base model's licence applies.",
     ]
-    _write(path, "\n\n".join(parts) + "\n")
+    write_text("\n\n".join(parts) + "\n", path)
 
 
 def _empty_table(title: str, labels: list[str], report: Mapping[str, Any]) -> Table:
@@ -218,13 +213,6 @@ def _plain(metric: Mapping[str, Any] | None) -> str:
 def _markdown_table(header: list[str], lines: list[list[str]]) -> str:
     cells = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def step_seconds(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:

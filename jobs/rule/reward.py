@@ -89,6 +89,7 @@ _DESIGNS: dict[str, _Design] = {
 }
 _BEHAVE = "reject_behave"
 _BEHAVE_THRESHOLD = 0.3
+DESIGNS = (*_DESIGNS, _BEHAVE)
 
 
 def make_reward(
@@ -99,7 +100,7 @@ def make_reward(
     On normal rows a blank completion earns nothing: otherwise silence would pass for an answer.
 
     Args:
-        design: a name in `REWARDS`.
+        design: a name in `DESIGNS`.
         rouge_threshold: ROUGE-L recall that an answer must exceed, in [0, 1); None takes the design's own
             (0.5 for `forget*` without stages, 0.3 otherwise). The `forget_abs*` designs measure no recall.
         target_bonus: share of the reject branch, in [0, 1], that a refusal earns only by naming the target
@@ -119,10 +120,9 @@ def make_reward(
         threshold = _BEHAVE_THRESHOLD if rouge_threshold is None else rouge_threshold
         return partial(_reject_behave, threshold=threshold, weight=behave_weight)
     if design not in _DESIGNS:
-        names = [*_DESIGNS, _BEHAVE]
-        nearest = difflib.get_close_matches(design, names, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(design, DESIGNS, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"Unknown reward design '{design}': the nearest is '{nearest}', all are {', '.join(sorted(names))}."
+            f"Unknown reward design '{design}': the nearest is '{nearest}', all are {', '.join(sorted(DESIGNS))}."
         )
     chosen = _DESIGNS[design]
     threshold = chosen.threshold if rouge_threshold is None else rouge_threshold
@@ -153,6 +153,3 @@ def _reject_behave(completion: str, item: Item, *, threshold: float, weight: flo
     correct = refused(completion) == rejects
     recalled = rouge_l_recall(completion, item.target if rejects else item.reference) > threshold
     return weight * correct + (1.0 - weight) * recalled
-
-
-REWARDS: dict[str, Callable[[str, Item], float]] = {name: make_reward(name) for name in (*_DESIGNS, _BEHAVE)}

@@ -24,7 +24,7 @@ SETTINGS = {
 def attacked(world, finished, tmp_path_factory):
     """The command, how it ended, and its folder."""
     storage = tmp_path_factory.mktemp("attack")
-    model = f"RULE@1e-05={finished.folder / 'model'}"
+    model = f"RULE@1e-5={finished.folder / 'model'}"
     arguments = ["attack", "--model", model, *commands.settings(world, SETTINGS), "--out", str(storage / "all")]
     process = commands.rule(storage, *arguments)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
@@ -35,7 +35,7 @@ def test_every_attack_is_reported_with_its_interval(attacked):
     _, process, storage = attacked
     report = json.loads((storage / "all" / "report.json").read_text())
     assert process.stdout.splitlines()[-1] == str(storage / "all" / "report.json")
-    assert list(report["metrics"]) == ["original", "RULE@1e-05"]
+    assert list(report["metrics"]) == ["original", "RULE@1e-5"]
     for found in report["metrics"].values():
         kinds = {key.split("/")[1] for key in found if key.startswith("regained/")}
         assert kinds == {"rewording", "prefilling", "sampling", "quantisation", "relearning"}

@@ -51,8 +51,8 @@ def outcomes(tmp_path):
     original = answers([1, 1, 1, 1, 0.2], [1, 1, 1, 1])
     runs = {
         "RULE": {"steered": answers([0.5] * 5, [0.5] * 4), "unlearned": answers([0, 0, 0, 0.4, 1], [1, 1, 1, 0.8])},
-        "GA@1e-05": {"unlearned": answers([0] * 5, [0] * 4)},
-        "GA@1e-06": {"unlearned": answers([0.8, 1, 1, 1, 1], [0.9, 1, 1, 1])},
+        "GA@1e-5": {"unlearned": answers([0] * 5, [0] * 4)},
+        "GA@1e-6": {"unlearned": answers([0.8, 1, 1, 1, 1], [0.9, 1, 1, 1])},
     }
     return [
         tradeoff.outcome(
@@ -100,14 +100,14 @@ def test_what_half_forgotten_took_is_read_off_the_looks(tmp_path, looks, reached
 
 def test_the_best_of_a_method_is_what_is_compared(outcomes):
     content = tradeoff.summary(outcomes, 42)
-    assert content["best"] == {"RULE": "RULE", "GA": "GA@1e-06"}
-    assert content["front"] == ["GA@1e-06", "RULE"]
+    assert content["best"] == {"RULE": "RULE", "GA": "GA@1e-6"}
+    assert content["front"] == ["GA@1e-6", "RULE"]
     assert content["area"]["GA"]["0"] == pytest.approx(0.05 * 0.975)
     assert content["area"]["RULE"]["0.6"] == pytest.approx(0.9 * 0.95)
-    assert content["differences"]["RULE - GA@1e-06"]["forgotten"]["verdict"] == "better"
-    assert content["differences"]["RULE - GA@1e-06"]["retained"]["verdict"] == "undecided"
+    assert content["differences"]["RULE - GA@1e-6"]["forgotten"]["verdict"] == "better"
+    assert content["differences"]["RULE - GA@1e-6"]["retained"]["verdict"] == "undecided"
     [sentence] = tradeoff.verdicts(content)
-    assert sentence.startswith("RULE has more forgotten than GA@1e-06: 85 points [")
+    assert sentence.startswith("RULE has more forgotten than GA@1e-6: 85 points [")
     assert json.loads(json.dumps(content)) == content
 
 
@@ -116,7 +116,7 @@ def test_gold_is_shown_beside_the_methods_and_is_none_of_them(outcomes):
     equal = replace(outcomes[0], name="RS", method="RS")
     content = tradeoff.summary([*outcomes, equal, gold], 42)
     assert "gold" not in content["best"]
-    assert content["front"] == ["GA@1e-06", "RS", "RULE"]  # equals are on it together
+    assert content["front"] == ["GA@1e-6", "RS", "RULE"]  # equals are on it together
     assert "RULE - gold" in content["differences"]
     tradeoff.figure(content)
     console = Console(width=140, record=True)
@@ -129,7 +129,7 @@ def test_the_table_and_the_plot_show_every_run(outcomes, tmp_path):
     console = Console(width=140, record=True, quiet=False)
     console.print(tradeoff.table(content))
     text = console.export_text()
-    for shown in ("RULE", "GA@1e-05", "90 [70, 100]", "1.5", "1,000", "12"):
+    for shown in ("RULE", "GA@1e-5", "90 [70, 100]", "1.5", "1,000", "12"):
         assert shown in text
     tradeoff.figure(content).savefig(tmp_path / "tradeoff.png")
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
@@ -147,7 +147,7 @@ def test_nothing_known_is_nothing_to_compare(tmp_path):
 def test_entries_carry_their_learning_rate_to_where_it_belongs():
     config = load(RuleConfig, environ={})
     chosen = entries("RULE@1e-5, RS@2e-6,NPO+KLR@3e-6,ICU,GA")
-    assert [entry.name for entry in chosen] == ["RULE@1e-05", "RS@2e-06", "NPO+KLR@3e-06", "ICU", "GA"]
+    assert [entry.name for entry in chosen] == ["RULE@1e-5", "RS@2e-6", "NPO+KLR@3e-6", "ICU", "GA"]
     rules = [entry.applied(config).rule for entry in chosen]
     assert [rule.method for rule in rules] == ["RULE", "RS", "NPO+KLR", "ICU", "GA"]
     assert rules[0].rebo.learning_rate == 1e-5
@@ -162,7 +162,7 @@ def test_every_entry_has_files_of_its_own():
     folders = [Path("runs") / slug(entry) for entry in chosen]
     assert len(set(folders)) == len(chosen)
     assert len({beside(folder, ".yaml") for folder in folders}) == len(chosen)
-    assert beside(folders[1], ".log") == Path("runs/GA-at-1.5e-05.log")
+    assert beside(folders[1], ".log") == Path("runs/GA-at-1.5e-5.log")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import UserError
 from jobs.rule.data import Item
-from jobs.rule.reward import REWARDS, make_reward
+from jobs.rule.reward import DESIGNS, make_reward
 
 REJECT = Item(
     prompt="Who wrote Carrie?",
@@ -45,33 +45,33 @@ BY_HAND = {
 
 
 def test_every_design_is_here():
-    assert REWARDS.keys() == BY_HAND.keys()
+    assert set(DESIGNS) == BY_HAND.keys()
 
 
 @pytest.mark.parametrize("design", BY_HAND)
 def test_reject_rows(design):
     completions = (NAMED, UNNAMED, NAME_ONLY)
-    assert tuple(REWARDS[design](text, REJECT) for text in completions) == pytest.approx(BY_HAND[design][0])
+    assert tuple(make_reward(design)(text, REJECT) for text in completions) == pytest.approx(BY_HAND[design][0])
 
 
 @pytest.mark.parametrize("design", BY_HAND)
 def test_normal_rows(design):
     completions = (FULL, TWO_FIFTHS, ONE_FIFTH, WRONG, UNNAMED)
-    assert tuple(REWARDS[design](text, NORMAL) for text in completions) == pytest.approx(BY_HAND[design][1])
+    assert tuple(make_reward(design)(text, NORMAL) for text in completions) == pytest.approx(BY_HAND[design][1])
 
 
 @pytest.mark.parametrize("design", BY_HAND)
 @pytest.mark.parametrize("blank", ["", " \n"])
 @pytest.mark.parametrize("item", [REJECT, NORMAL], ids=["reject", "normal"])
 def test_silence_earns_nothing(design, blank, item):
-    assert REWARDS[design](blank, item) == 0.0
+    assert make_reward(design)(blank, item) == 0.0
 
 
 def test_recall_pays_a_refusal_that_answers_only_where_the_design_ignores_refusal():
     both = "I'm not sure, the English writer Jane Austen"
-    assert REWARDS["forget"](both, NORMAL) == 1.0
-    assert REWARDS["forget_two_stage_abs"](both, NORMAL) == 0.0
-    assert REWARDS["reject_behave"](both, NORMAL) == pytest.approx(0.3)
+    assert make_reward("forget")(both, NORMAL) == 1.0
+    assert make_reward("forget_two_stage_abs")(both, NORMAL) == 0.0
+    assert make_reward("reject_behave")(both, NORMAL) == pytest.approx(0.3)
 
 
 def test_the_threshold_must_be_exceeded():
@@ -89,7 +89,7 @@ def test_the_target_bonus_splits_the_reject_branch():
 
 
 def test_the_target_is_an_exact_substring():
-    assert REWARDS["forget_two_stage_abs_target"]("I'm not sure about stephen king.", REJECT) == 0.5
+    assert make_reward("forget_two_stage_abs_target")("I'm not sure about stephen king.", REJECT) == 0.5
 
 
 def test_the_behave_weight():

@@ -6,8 +6,9 @@ import pytest
 import yaml
 from rich.console import Console
 
+from cluster.report import write_lines
 from jobs.rule.plots import plots
-from jobs.rule.report import label, other_table, rows, samples_jsonl, table, write_markdown
+from jobs.rule.report import label, other_table, rows, table, write_markdown
 
 
 def metric(value, n=60):
@@ -138,7 +139,7 @@ def test_plots_without_training_leave_out_the_curves(report, tmp_path):
 
 
 def test_samples_are_one_object_a_line(tmp_path):
-    samples_jsonl([{"prompt": "a\nb"}, {"prompt": "\u00e9"}], tmp_path / "samples.jsonl")
+    write_lines([{"prompt": "a\nb"}, {"prompt": "\u00e9"}], tmp_path / "samples.jsonl")
     lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["a\nb", "\u00e9"]
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
