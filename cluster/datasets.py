@@ -2,7 +2,8 @@
 
 A shard `part-00012.parquet` is followed by its entry `_part-00012.json`; without an entry that agrees with it, it does
 not count. So a writer may die at any point, and a restart writes what is missing. Readers of a folder (Ray Data, Spark,
-pyarrow) skip names that begin with an underscore or a dot.
+pyarrow) skip names that begin with an underscore or a dot; `datasets.load_dataset` does not, and has to be told
+data_files="FOLDER/part-*.parquet".
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 MANIFEST = "_manifest.json"
 CONFIGURATION = "_configuration.json"
 BLOCK = 1 << 20  # bytes read at a time
+SYNCS = 16  # files that are brought to the disk at a time
 _TEMPORARY = ".writing-"
 _ENTRY = re.compile(r"_part-\d+\.json")
 _FILE = re.compile(r"part-(\d+)\.parquet")
@@ -153,16 +156,38 @@ def write_shard(
 
 
 def write_file(path: Path, content: bytes) -> str:
-    """Writes a file beside the shards, whole or not at all, with its folders; its SHA-256.
+    """Writes a file beside the shards, whole or not at all, into a folder of `make_folders`; its SHA-256.
 
-    Unlike a shard it may be lost when the machine loses power, for waiting for the disk once a file would take longer
-    than making it.
+    Unlike a shard it is lost when the machine loses power before `settle` has returned, for waiting for the disk after
+    each file would take longer than making it.
 
     Raises: as `write_shard`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, lambda file: file.write(content), durable=False)
     return hashlib.sha256(content).hexdigest()
+
+
+def make_folders(folders: Iterable[Path]) -> None:
+    """Makes the folders of files beside the shards, and those above them; some may be there already.
+
+    Raises: as `write_shard`.
+    """
+    for folder in folders:
+        with _failures(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def settle(files: Iterable[Path], root: Path) -> None:
+    """Returns when files that `write_file` has put below `root`, and all folders that lead there, are on the disk.
+
+    Raises: as `write_shard`.
+    """
+    files = list(files)
+    parents = {file.parent for file in files}
+    folders = {above for one in parents for above in (one, *one.parents) if above.is_relative_to(root.parent)}
+    with ThreadPoolExecutor(SYNCS) as pool:  # that wait for the disk together, which takes them together
+        list(pool.map(_sync, files))
+        list(pool.map(_sync, folders))
 
 
 def finished(folder: Path, read: bool = True) -> dict[int, Shard]:
@@ -255,17 +280,29 @@ def _replace(path: Path, write: Callable[[BinaryIO], object], durable: bool = Tr
     """Fills `path` with what `write` writes, if `durable` on the disk when this returns; the number of bytes."""
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-            size = file.tell()
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with _failures(path):
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+                size = file.tell()
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
         if durable:
             _sync(path.parent)
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+    return size
+
+
+@contextmanager
+def _failures(path: Path) -> Iterator[None]:
+    """Tells what the system says of a path that is written."""
+    try:
+        yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if full else "check the folder"
@@ -273,19 +310,16 @@ def _replace(path: Path, write: Callable[[BinaryIO], object], durable: bool = Tr
             f"{path} cannot be written: {os.strerror(error.errno) if error.errno else error}; {remedy} and run the "
             "same command again to continue"
         ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-    return size
 
 
-def _sync(folder: Path) -> None:
-    """Puts a renaming on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _sync(path: Path) -> None:
+    """Puts a file's content, or what a folder names, on the disk."""
+    with _failures(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _fault(path: Path, shard: Shard, read: bool = True) -> str:

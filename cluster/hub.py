@@ -18,7 +18,8 @@ def load_table(name: str, subset: str | None, split: str, key: str, remedy: str)
         key: of the configuration, which named it. remedy: what to do where it lacks the subset or split.
 
     Raises:
-        UserError: no such data set, no network and no copy in the cache, or no such subset or split.
+        UserError: no such data set, no network and no copy in the cache, no such subset or split, or a data set that a
+            script of its authors makes.
     """
     import datasets
 
@@ -31,6 +32,14 @@ def load_table(name: str, subset: str | None, split: str, key: str, remedy: str)
         raise UserError(
             f"data set {name}{part} is not in the local cache and the hub cannot be reached; load it where there is a "
             f"network, or name a local folder in {key}"
+        ) from None
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        told = str(error).splitlines()[0]
+        raise UserError(
+            f"data set {name} is made by a script of its authors, which is not run ({told}); name a copy of it in "
+            f"parquet in {key}"
         ) from None
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         told = str(error).splitlines()[0]

@@ -35,6 +35,9 @@ CHUNK = 256  # images a Spark task, about half a second of work
 SHARD = 50_000  # rows of a catalogue's file
 NEAR = 4  # bits of 64: a photograph saved again or scaled differs by 0 to 4, the nearest two of lfw400 by 10
 FARTHEST = 8
+# by `near`, the share of all pairs of images that share a bucket and are compared: measured on lfw400, none below 4
+COMPARED = {4: 2.7e-5, 5: 3.4e-4, 6: 1.7e-3, 7: 5.7e-3, 8: 1.6e-2}
+MOST_COMPARED = 10**9  # pairs; ten times as many for three times the images
 LISTED = 1_000  # entries of each list in the summary; the catalogue itself has them all
 _SIDE = 32
 _DCT = np.cos(np.pi / (2 * _SIDE) * np.outer(np.arange(1, 9), 2 * np.arange(_SIDE) + 1))
@@ -72,7 +75,8 @@ def build(
         cores, master: as in `spark.session`.
 
     Raises:
-        UserError: a source that cannot be listed, no readable image in it, a `near` out of range, no Java.
+        UserError: a source that cannot be listed, no readable image in it, a `near` out of range or too large for so
+            many images, no Java.
         JobFailure: a full disk, or a failure of Spark.
     """
     if not 0 <= near <= FARTHEST:
@@ -82,6 +86,7 @@ def build(
     configuration = {"catalogue": VERSION, "layout": layout, "near": near, "images": digest}
     present = _present(folder, configuration)
     if present is None:
+        require_few_pairs(near, sum(shard.rows for shard in datasets.finished(listing, read=False).values()))
         with spark.session("oodface catalogue", cores, master) as session:
             looked = _look_into(session, listing, work / f"looked-{digest}", count, digest)
             frame = with_duplicates(session.read.parquet(spark.local(looked)), near)
@@ -99,6 +104,21 @@ def build(
             f"{first['problem']}"
         )
     return present
+
+
+def require_few_pairs(near: int, images: int) -> None:
+    """Sees to it that no more pairs of images would be compared than can be.
+
+    Raises:
+        UserError: too many pairs of images would be compared.
+    """
+    pairs = {bits: COMPARED.get(bits, 0.0) * images**2 / 2 for bits in range(near + 1)}
+    if pairs[near] > MOST_COMPARED:
+        feasible = max(bits for bits, count in pairs.items() if count <= MOST_COMPARED)
+        raise UserError(
+            f"oodface.near_duplicates = {near} would compare about {pairs[near]:.0e} pairs of {images} images; set it "
+            f"to {feasible} or lower"
+        )
 
 
 def look(row: Mapping, data: bytes | UserError) -> dict:

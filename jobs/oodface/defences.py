@@ -12,20 +12,19 @@ from jobs.oodface.scenario import Images
 JPEG_QUALITY = 80
 STEP = 8  # of 255: what is left of the bit depth
 DRAWS, SMALLEST = 10, 0.9  # random resize and pad: embeddings averaged, least scale
-NAMES = ("jpeg", "bit_depth", "resize_pad")
 
 
 def defended(images: Images, defence: str, keys: Int[Tensor, " batch"]) -> list[Images]:
     """The images behind a defence, in [0, 1]: one form of them, or several whose embeddings are to be averaged.
 
     Args:
-        defence: one of `NAMES`.
+        defence: jpeg, bit_depth or resize_pad.
         keys: of the samples (`randomness.keys`); what is random depends on them alone.
     """
     if defence == "jpeg":
         return [jpeg(images, JPEG_QUALITY)]
     if defence == "bit_depth":
-        return [(images * (255 / STEP)).round().mul_(STEP / 255).clamp_(max=1)]
+        return [(images * (255 / STEP)).round().mul_(STEP / 255).clamp_(0, 1)]
     random = Random(keys, images.device)
     return [resized_and_padded(images, random.uniform(3)) for _ in range(DRAWS)]
 

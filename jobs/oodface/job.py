@@ -40,11 +40,11 @@ def corrupt(config: OodfaceConfig, out: Path | None = None, fresh: bool = False,
         found = _catalogue(run)
         if (content := _finished(run, found)) is not None:
             return _told(run, content, report.corrupted)
-        with session.connected(config), _tracked(run) as tracker:
+        with session.connected(config), _tracked(run, found) as tracker:
             folder = run.folder / "shards"
             images = run.folder / IMAGES if config.oodface.corrupt.output == "folders" else None
             content, manifest = _made(run, found, _usable(found), folder, _writer(run), images)
-            content = _provenance(run, found, tracker) | content | {"manifest": manifest.digest}
+            content = _provenance(run, found, tracker, "corrupt") | content | {"manifest": manifest.digest}
             _keep(run, tracker, content, report.pictures(run, found, content))
     return _told(run, content, report.corrupted)
 
@@ -64,12 +64,12 @@ def evaluate(config: OodfaceConfig, out: Path | None = None, fresh: bool = False
         if (content := _finished(run, found)) is not None:
             return _told(run, content, report.evaluated)
         rows, pairs = _compared(run, found)
-        with session.connected(config), _tracked(run) as tracker:
+        with session.connected(config), _tracked(run, found) as tracker:
             folder = run.folder / "embeddings"
             content, manifest = _made(run, found, rows, folder, _embedder(run))
             with run.phase("scoring"):
                 scored = scoring.score(manifest.files(folder), pairs, run.conditions, config.oodface)
-            content = _provenance(run, found, tracker) | content | scored | {"pairs_dropped": pairs.dropped}
+            content = _provenance(run, found, tracker, "evaluate") | content | scored | {"pairs_dropped": pairs.dropped}
             content["seconds"] = run.state["seconds"]
             _track(tracker, scored["metrics"])
             _keep(run, tracker, content, [*report.plots(content, run.folder), *report.pictures(run, found, content)])
@@ -98,7 +98,7 @@ def ask(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, com
         asked = 0 if content is None else content["asked"] + 1
         rows, pairs = _compared(run, found)
         images = run.folder / IMAGES
-        with session.connected(config), _tracked(run) as tracker:
+        with session.connected(config), _tracked(run, found) as tracker:
             content, manifest = _made(run, found, rows, run.folder / "shards", _photographer(run), images)
             lost = {one["image_id"] for one in content["lost"]}
             pairs = protocols.present(pairs, {*pairs.images()} - lost, "drop")
@@ -106,7 +106,7 @@ def ask(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, com
                 dials = config.oodface
                 files = pair_question.ask(wanted, images, manifest.digest, pairs, run.conditions, dials.ask)
                 scored = pair_question.score(files, pairs, run.conditions, dials)
-            content = _provenance(run, found, tracker) | content | scored | {"pairs_dropped": pairs.dropped}
+            content = _provenance(run, found, tracker, "ask") | content | scored | {"pairs_dropped": pairs.dropped}
             content |= {"seconds": run.state["seconds"], "answers": names, "asked": asked}
             _track(tracker, scored["metrics"], asked)
             _keep(run, tracker, content, [*report.plots(content, run.folder), *report.pictures(run, found, content)])
@@ -224,13 +224,10 @@ def _made(
     missing = [task for task in todo if task.index not in done]
     print(f"{len(done)} of {len(todo)} shards are there already", flush=True)
     count, start = 0, time.monotonic()
-    before = run.state.get("seconds", {}).get("shards", 0.0)  # of drivers that did not come to the end
     with run.phase("shards"):
         for number, record in enumerate(pipeline.run(missing, folder, maker, dials), len(done) + 1):
             count += record["rows"]
             print(f"shard {number}/{len(todo)}  {count / (time.monotonic() - start):.0f} images/s", flush=True)
-    seconds = run.state["seconds"]
-    run.save(seconds=seconds | {"shards": round(seconds["shards"] + before, 2)})
     manifest = datasets.finish(folder, configuration, [task.index for task in todo])
     notes = [shard.note for shard in manifest.shards]
     lost = [image for note in notes for image in note["lost"]]
@@ -252,17 +249,18 @@ def _made(
     return content, manifest
 
 
-def _tracked(run: Run) -> AbstractContextManager[Tracker]:
+def _tracked(run: Run, found: catalogue.Catalogue) -> AbstractContextManager[Tracker]:
     scenarios = list(dict.fromkeys(name for name, severity in run.conditions if severity))
     severities = sorted({severity for _, severity in run.conditions if severity})
     parameters = {"oodface": {**run.settings, "scenarios": scenarios, "severities": severities}}
-    tags = {"images": run.config.oodface.images, "models": ",".join(run.versions)}
+    tags = {"data_digest": found.digest, "images": run.config.oodface.images, "models": ",".join(run.versions)}
     return runs.tracked(run, "oodface", parameters, tags)
 
 
-def _provenance(run: Run, found: catalogue.Catalogue, tracker: Tracker) -> dict[str, Any]:
+def _provenance(run: Run, found: catalogue.Catalogue, tracker: Tracker, what: str) -> dict[str, Any]:
     return {
         "system": "oodface",
+        "job": what,
         "data_digests": _data_digests(run, found),
         "models": dict(run.versions),
         "procedural_stand_ins": [name for name in PROCEDURAL if name in dict(run.conditions)],

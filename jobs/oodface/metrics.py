@@ -58,11 +58,6 @@ def pair_scores(pairs: Pairs, image_ids: Sequence[str], embeddings: Float[np.nda
     return scores
 
 
-def accuracy(scores: Scores, same: Same, threshold: float) -> float:
-    """The share of pairs that are decided rightly: of one person if the score is at least the threshold."""
-    return float(np.mean((scores >= threshold) == same))
-
-
 def refit(scores: Scores, same: Same) -> Threshold:
     """The observed score that is the best threshold for these pairs, and of equally good ones the lowest.
 
@@ -76,28 +71,6 @@ def refit(scores: Scores, same: Same) -> Threshold:
     right[1:][ranked[1:] == ranked[:-1]] = -1
     best = int(np.argmax(right))
     return Threshold(float(ranked[best]), right[best] / len(scores))
-
-
-def fixed(clean: Scores, scores: Scores, same: Same) -> Threshold:
-    """The best threshold of the clean scores, and the accuracy of other scores of the same pairs at it."""
-    threshold = refit(clean, same).value
-    return Threshold(threshold, accuracy(scores, same, threshold))
-
-
-def ten_fold(scores: Scores, same: Same, fold: Fold) -> Metric:
-    """Mean over folds of the accuracy at the threshold that is best for the other folds, its interval by Student's t.
-
-    Raises:
-        UserError: fewer than two folds.
-    Source: Huang et al., Labeled Faces in the Wild, 2007, View 2.
-    """
-    folds = by_fold(held_out(scores, same, fold)[:, None], fold)
-    return Folds(folds, len(scores)).metrics(folds.mean(axis=0))[0]
-
-
-def auc(scores: Scores, same: Same) -> float:
-    """Area under the ROC curve: the chance that a pair of one person scores above one of two, ties counting half."""
-    return float(_placements(scores, same)[0].mean())
 
 
 def tar_at_far(scores: Scores, same: Same, far: float) -> Threshold | None:
@@ -201,7 +174,12 @@ def _metrics(
 
 
 def held_out(scores: Scores, same: Same, fold: Fold) -> Bool[np.ndarray, " n"]:
-    """Whether each pair is decided rightly at the threshold that is best for the other folds (see `ten_fold`)."""
+    """Whether each pair is decided rightly at the threshold that is best for the other folds.
+
+    Raises:
+        UserError: fewer than two folds.
+    Source: Huang et al., Labeled Faces in the Wild, 2007, View 2.
+    """
     right = np.zeros(len(scores), dtype=bool)
     folds = np.unique(fold)
     if len(folds) < 2:
@@ -220,6 +198,7 @@ def by_fold(right: Bool[np.ndarray, "n k"], fold: Fold) -> Float[np.ndarray, "fo
 def delong(columns: Sequence[Scores], same: Same, mixture: Float[np.ndarray, "k m"]) -> list[Metric]:
     """Means of the AUCs of k conditions, m of them by the weights in `mixture`, with their intervals.
 
+    An AUC is the chance that a pair of one person scores above one of two, ties counting half.
     Source: DeLong et al., Comparing the Areas under Two or More Correlated ROC Curves, 1988, equation 5.
     """
     sides = [

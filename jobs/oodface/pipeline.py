@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jobs.oodface.work import Shard
 
 PAUSE_S = 30.0
+AHEAD = 2  # shards a worker that are decoded at once: one for it to go on with, one for the next
 RESTARTS = 2  # of a worker, and of a shard whose worker died
 STAGES = ("align", "distort", "embed", "encode", "write")
 KERNELS = ("distort", "embed")
@@ -56,7 +57,7 @@ def run(
     """Makes the shards in `folder` and yields a record of each, as they end.
 
     Args:
-        maker: makes what turns a shard into its table, once a worker; it has a `clock`.
+        maker: makes what turns a shard into its table, once a worker; it has a `clock`, `empty` and `rows_per_group`.
 
     Raises:
         JobFailure: the disk is full, a worker died again and again.
@@ -79,7 +80,13 @@ def run(
     stream = (
         ray.data.from_arrow([_block(task) for task in todo])
         .map_batches(
-            _decoded, num_cpus=reading, fn_kwargs={"longest": dials.longest_side}, max_retries=RESTARTS, **whole
+            _decoded,
+            num_cpus=reading,
+            # else every processor of the cluster decodes, each with the pixels of a shard in its memory
+            compute=ray.data.TaskPoolStrategy(size=AHEAD * workers),
+            fn_kwargs={"longest": dials.longest_side},
+            max_retries=RESTARTS,
+            **whole,
         )
         .map_batches(
             _Worker,
@@ -196,7 +203,7 @@ class _Worker:
                 "seconds": dict(self.make.clock.seconds),
                 "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             } | gpu
-            shard = datasets.write_shard(self.folder, row["index"], table, note)
+            shard = datasets.write_shard(self.folder, row["index"], table, note, self.make.rows_per_group)
             records.append({"index": row["index"], "rows": shard.rows})
         return pa.Table.from_pylist(records)
 

@@ -41,17 +41,6 @@ class Pairs:
         """Every image that some pair has, once, in alphabetical order."""
         return sorted({*self.image_a, *self.image_b})
 
-    def balance(self) -> dict[int, tuple[int, int]]:
-        """Pairs of one person and pairs of two, of each fold."""
-        return {
-            int(fold): (int(self.same[self.fold == fold].sum()), int((~self.same[self.fold == fold]).sum()))
-            for fold in np.unique(self.fold)
-        }
-
-    def balanced(self) -> bool:
-        """Whether every fold has as many pairs of one person as of two, and all folds have as many as the first."""
-        return len({count for counts in self.balance().values() for count in counts}) == 1
-
     def take(self, chosen: Bool[np.ndarray, " n"], dropped: int) -> Pairs:
         """The chosen pairs, with `dropped` counted as missing."""
         kept = np.flatnonzero(chosen)
@@ -107,7 +96,7 @@ def present(pairs: Pairs, images: Collection[str], missing: Literal["refuse", "d
     if missing == "refuse":
         raise UserError(
             f"{told}, and {absent.size} of {len(pairs)} pairs lack one; add the images, or leave such pairs out "
-            "with missing = drop"
+            "with oodface.evaluate.missing=drop"
         )
     kept = pairs.take(there, pairs.dropped + absent.size)
     if len(set(kept.same.tolist())) < 2:

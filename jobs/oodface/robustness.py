@@ -34,7 +34,6 @@ from jobs.oodface.metrics import (
 )
 from jobs.oodface.scenario import SEVERITIES
 
-RULES = ("refit", "fixed", "ten_fold")
 CORRUPTIONS = {"Lighting & Weather": 5, "Sensor": 3, "Movement": 3, "Data & Processing": 6, "Occlusion": 3}
 VARIATIONS = {"Age": 2, "Facial Expression": 4, "Rotation": 2, "Accessories": 2}
 OTHER_VARIATIONS = ("face_mask",)  # of none of these categories: in no mean, but their falls are RVE's kind too
@@ -73,11 +72,11 @@ def evaluate(
 ) -> Evaluation:
     """Everything that OODFace reports of one model on one list of pairs.
 
-    Accuracies stand below RULE/acc/ (refit, fixed; ten_fold where there are two folds or more): clean,
+    Accuracies stand below THRESHOLD/acc/ (refit, fixed; ten_fold where there are two folds or more): clean,
     SCENARIO/SEVERITY, SCENARIO (Acc_c), category/CATEGORY, cor (Acc_cor), var (Acc_var), cor/severity/SEVERITY and
-    var/severity/SEVERITY. Their relative falls, (clean - it) / clean, stand below RULE/rce and RULE/rve by the same
-    names, RCE and RVE themselves without one. Below auc/ and tar_at_0.01/, tar_at_0.001/ (shares of pairs of one person
-    that are accepted, where pairs suffice) stand those of the same conditions and means.
+    var/severity/SEVERITY. Their relative falls, (clean - it) / clean, stand below THRESHOLD/rce and THRESHOLD/rve by
+    the same names, RCE and RVE themselves without one. Below auc/ and tar_at_0.01/, tar_at_0.001/ (shares of pairs of
+    one person that are accepted, where pairs suffice) stand those of the same conditions and means.
     Intervals: over folds for ten_fold, DeLong's for AUC, else the bootstrap over pairs within folds and kinds of pairs.
 
     Args:

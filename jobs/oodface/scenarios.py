@@ -1,8 +1,11 @@
 """All scenarios by name, and their application to a batch whose samples may differ in severity."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -82,6 +85,24 @@ def require_severity(severity: int) -> int:
     return severity
 
 
+def _opaque(function: Callable[..., Images]) -> Callable[..., Images]:
+    """Kept from torch.compile, which guards every number of the tables, and from autocast, which rounds weights.
+
+    torch.compiler.disable as a decorator would load the compiler, seconds at each start, where nothing is compiled.
+    """
+
+    def exact(images: Images, *args: Any, **kwargs: Any) -> Images:
+        with torch.autocast(images.device.type, enabled=False):
+            return function(images, *args, **kwargs)
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Images:
+        return (torch.compiler.disable(exact) if "torch._dynamo" in sys.modules else exact)(*args, **kwargs)
+
+    return called
+
+
+@_opaque
 def distort(
     images: Images,
     scenario: Scenario | str,
@@ -118,11 +139,11 @@ def distort(
             if (reduced := one.rows(images[part], level)) is not None:
                 _repeated(*reduced, truncate, result, part)
                 continue
-            changed = _changed(images[part], one, level, draws, None if landmarks is None else landmarks[part])
-            if isinstance(part, slice) and not changed.requires_grad:
-                _finished(changed, truncate, result[part])
-            else:
-                result[part] = _finished(changed, truncate, None).to(images.dtype)
+            own = result[part] if isinstance(part, slice) else None
+            placed = None if landmarks is None else landmarks[part]
+            changed = apply(images[part], one, level, draws, truncate, placed, own)
+            if changed is not own:
+                result[part] = changed.to(images.dtype)
     return result
 
 
@@ -152,9 +173,18 @@ def apply(
     draws: Draws,
     truncate: bool = False,
     landmarks: Landmarks | None = None,
+    out: Images | None = None,
 ) -> Images:
-    """Images under a scenario whose random parameters are given: float32, in [0, 1]."""
-    return _finished(_changed(images, scenario, require_severity(severity), draws, landmarks), truncate, None)
+    """Images under a scenario whose random parameters are given: float32, in [0, 1].
+
+    Args: as of `distort`.
+        out: takes the result, and is returned, where no gradients pass.
+
+    Raises:
+        UserError: an unknown severity.
+    """
+    changed = _changed(images, scenario, require_severity(severity), draws, landmarks)
+    return _finished(changed, truncate, None if changed.requires_grad else out)
 
 
 def _changed(images: Images, scenario: Scenario, severity: int, draws: Draws, landmarks: Landmarks | None) -> Images:

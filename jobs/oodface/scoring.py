@@ -53,8 +53,9 @@ def _scores(
             scores: dict[Condition, Scores] = {}
             # conditions are many and alike, so that few of them are read in one pass over the files, or all
             passes = max(1, math.ceil(rows / len(names) / len(defences) * BYTES_A_ROW / IN_MEMORY))
-            for turn in range(min(passes, len(conditions))):
-                now = set(conditions[turn :: min(passes, len(conditions))])
+            each = math.ceil(len(conditions) / passes)
+            for start in range(0, len(conditions), each):  # neighbours, which share groups of rows in the files
+                now = set(conditions[start : start + each])
                 scores |= _of_conditions(files, pairs, wanted, model, defence, now)
             yield model if defence == NONE else f"{model}+{defence}", scores
 
@@ -64,8 +65,10 @@ def _of_conditions(
 ) -> dict[Condition, Scores]:
     collected: dict[Condition, tuple[list[str], list[np.ndarray]]] = {}
     known = {name: name for name in wanted}  # one object an image, not one a row
+    chosen = [("model", "=", model), ("defence", "=", defence)]
+    chosen += [("scenario", "in", {scenario for scenario, _ in now}), ("severity", "in", {level for _, level in now})]
     for file in files:
-        table = pq.read_table(file, filters=[("model", "=", model), ("defence", "=", defence)])
+        table = pq.read_table(file, columns=["image_id", "scenario", "severity", "embedding"], filters=chosen)
         for condition, image_ids, embeddings in _by_condition(table):
             if condition not in now:
                 continue

@@ -6,6 +6,7 @@ cannot use is a row with a problem, so that it is listed and counted.
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cluster.errors import JobFailure, UserError
-from jobs.oodface.tables import Table, hub
+from jobs.oodface.tables import Table, hub, in_small_groups
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif", ".jp2")
 LARGEST_FILE = 1 << 28  # bytes
@@ -49,10 +50,11 @@ def find(layout: str, location: str, work: Path) -> Iterator[Located]:
         layout: one of `LAYOUTS`.
         location: a folder, a parquet file or a folder of them; for `hub` owner/name, owner/name:SUBSET or
             owner/name:SUBSET@SPLIT; the split is train where none is named.
-        work: where a hub data set is put as parquet.
+        work: where parquet is put that is made of a hub data set, or of files with large groups of rows.
 
     Raises:
         UserError: unknown layout, no such place, or not one image there.
+        JobFailure: the disk of `work` is full.
     """
     if layout not in LAYOUTS:
         raise UserError(f"there is no layout '{layout}' of images; take one of {', '.join(LAYOUTS)}")
@@ -60,7 +62,7 @@ def find(layout: str, location: str, work: Path) -> Iterator[Located]:
     if not root.exists():
         raise UserError(f"{location} does not exist or is not seen from here; check the path of the images")
     empty = True
-    for row in LAYOUTS[layout](root.resolve()):
+    for row in parquet(root.resolve(), work) if layout == "parquet" else LAYOUTS[layout](root.resolve()):
         empty = False
         yield row
     if empty:
@@ -117,13 +119,14 @@ def ytf(root: Path) -> Iterator[Located]:
                 yield _located(image_id, name.name, video, "is a video without frames")
 
 
-def parquet(root: Path) -> Iterator[Located]:
+def parquet(root: Path, work: Path | None = None) -> Iterator[Located]:
     """The rows of a parquet file, or of all those below a folder, that have an image column.
 
     The column holds the bytes of a file, or {bytes, path} as the hub's image feature does; where there are several it
     is the first of `tables.IMAGE_COLUMNS`. Identities come from the first of `tables.IDENTITY_COLUMNS`, class numbers
     by their names. An image is called by the column `image_id`, else by its own path (put under its identity where it
-    has no folder), else FILE/ROW.
+    has no folder), else FILE/ROW. Images of a file whose groups of rows are large lie in copies below `work`, where
+    that is given.
 
     Raises:
         UserError: no parquet file, or no image column.
@@ -131,10 +134,13 @@ def parquet(root: Path) -> Iterator[Located]:
     for path in [root] if root.is_file() else sorted(path for path in root.rglob("*.parquet") if _is_table(path, root)):
         stem = without_suffix(path.name if path == root else path.relative_to(root).as_posix(), (".parquet",))
         found = path.stat()
-        for number, (own, person) in enumerate(Table(path).labels()):
-            image_id = f"{stem}/{number:06d}" if own is None else without_suffix(own)
-            problem = None if _stays_inside(image_id) else f"is called {image_id!r}, which no folder can hold"
-            yield Located(image_id, person, str(path), number, found.st_size, found.st_mtime_ns, problem)
+        table, numbers = Table(path), itertools.count()
+        for part in [path] if work is None else in_small_groups(table, work):
+            for row, (own, person) in enumerate((table if part == path else Table(part)).labels()):
+                number = next(numbers)
+                image_id = f"{stem}/{number:06d}" if own is None else without_suffix(own)
+                problem = None if stays_inside(image_id) else f"is called {image_id!r}, which no folder can hold"
+                yield Located(image_id, person, str(part), row, found.st_size, found.st_mtime_ns, problem)
 
 
 def _is_table(path: Path, root: Path) -> bool:
@@ -156,7 +162,7 @@ LAYOUTS: Mapping[str, Callable[[Path], Iterator[Located]]] = {
 def contents(places: Iterable[tuple[str, int | None]]) -> Iterator[bytes | UserError]:
     """The bytes of images, given as (path, row) of `Located`; an error stands where there are none.
 
-    Rows of one parquet file should come in order: a group of rows is kept until one of another group is asked for.
+    Rows of one parquet file should come in order: a group of rows is read from its beginning for one that does not.
 
     Raises:
         JobFailure: it is not the file that is at fault: a folder that this machine does not see, a failing disk.
@@ -204,7 +210,7 @@ def without_suffix(name: str, suffixes: Iterable[str] = SUFFIXES) -> str:
     return name.removesuffix(suffix) if suffix.lower() in suffixes else name
 
 
-def _stays_inside(image_id: str) -> bool:
+def stays_inside(image_id: str) -> bool:
     """Whether a file of that name lies in the folder that it is put in: names come from files of others."""
     parts = PurePosixPath(image_id).parts
     return bool(parts) and not image_id.startswith("/") and ".." not in parts and "\0" not in image_id

@@ -1,12 +1,13 @@
-"""Parquet files with a column of images, and image data sets of the hub made into such files."""
+"""Parquet files with a column of images; copies in small groups of rows of those with large ones, and of the hub."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,11 +23,13 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "face")
 IDENTITY_COLUMNS = ("identity", "name", "person", "label")
 ROWS_PER_SHARD = 2_000
 ROWS_PER_GROUP = 64  # that are read for one image
+LARGEST_GROUP = 256  # rows: for each shard of faces a group is read up to its faces, from the first row on
+ROWS_AT_ONCE = 16
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<subset>[^:@]+))?(@(?P<split>[^:@]+))?")
 
 
 class Table:
-    """A parquet file with a column of images; of its groups of rows the last one read is kept.
+    """A parquet file with a column of images, of which a few rows are kept at a time.
 
     Raises:
         UserError: it is no parquet file, or has no column of images that stands out.
@@ -38,7 +41,8 @@ class Table:
 
         self.path = path
         try:
-            self.file = pq.ParquetFile(path)
+            # pages are read as they are wanted; else all of a group would lie in memory, which may be all of the file
+            self.file = pq.ParquetFile(path, pre_buffer=False, buffer_size=stored.BLOCK)
         except (pa.ArrowInvalid, OSError) as error:
             if getattr(error, "errno", None) is not None:  # of the machine; what pyarrow says of a file has none
                 raise
@@ -47,7 +51,8 @@ class Table:
         counts = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(int)
         self.column = self._image_column()
-        self.group, self.images = -1, []
+        self.group, self.first, self.images = -1, 0, []
+        self.batches: Iterator[Any] = iter(())
 
     def _image_column(self) -> str:
         from pyarrow import types
@@ -91,12 +96,59 @@ class Table:
         group = int(np.searchsorted(self.starts, row, side="right")) - 1
         if not 0 <= group < self.file.num_row_groups:
             return UserError(f"has no row {row}")
-        if group != self.group:
-            column = self.file.read_row_group(group, columns=[self.column])[self.column]
-            self.group, self.images = group, column.to_pylist()
-        value = self.images[row - self.starts[group]]
+        at = row - int(self.starts[group])
+        if group != self.group or at < self.first:
+            self.first, self.images = 0, []
+            self.batches = self.file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[self.column])
+        self.group = -1  # until its rows are here: after a damaged page there are no more
+        while at >= self.first + len(self.images):
+            self.first += len(self.images)
+            self.images = next(self.batches).column(0)
+        self.group = group
+        value = self.images[at - self.first].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         return UserError(f"holds no image in row {row}") if data is None else data
+
+
+def in_small_groups(table: Table, work: Path) -> list[Path]:
+    """The file, or copies of its rows in their order, where a group of its rows is larger than `LARGEST_GROUP`.
+
+    Args:
+        work: the files are put below it; those of an earlier call are kept while the table's file does not change.
+
+    Raises:
+        JobFailure: the disk is full.
+    """
+    import pyarrow as pa
+
+    largest = int(np.diff(table.starts).max(initial=0))
+    if largest <= LARGEST_GROUP:
+        return [table.path]
+    found = table.path.stat()
+    configuration = {"file": str(table.path), "size": found.st_size, "modified": found.st_mtime_ns}
+    configuration |= {"rows_per_shard": ROWS_PER_SHARD, "rows_per_group": ROWS_PER_GROUP}
+    target = work / f"groups-{digest(str(table.path))}"
+    manifest = stored.read_manifest(target)
+    known = manifest is not None and manifest.configuration == configuration
+    if known and len(stored.finished(target, read=False)) == len(manifest.shards):
+        return manifest.files(target)
+    print(
+        f"{table.path} has groups of up to {largest} rows; its images are copied to {target} in small ones", flush=True
+    )
+    stored.clear(target)
+    stored.prepare(target, configuration)
+    kept = [name for name in table.file.schema_arrow.names if name in {table.column, "image_id", *IDENTITY_COLUMNS}]
+    count, batches = 0, table.file.iter_batches(ROWS_AT_ONCE, columns=kept)
+    try:
+        while part := list(itertools.islice(batches, ROWS_PER_SHARD // ROWS_AT_ONCE)):
+            stored.write_shard(target, count, pa.Table.from_batches(part), row_group_size=ROWS_PER_GROUP)
+            count += 1
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        stored.clear(target)
+        return [table.path]  # a damaged page: told of the images that are in it when they are read
+    return stored.finish(target, configuration, range(count)).files(target)
 
 
 def hub(location: str, work: Path) -> Path:

@@ -5,9 +5,8 @@ of workers or what ran before.
 """
 
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from cluster.datasets import make_folders, settle, write_file
 from cluster.errors import UserError
 from jobs.oodface.config import Corrupt
 from jobs.oodface.corruptions.occlusion import Frost
@@ -31,6 +31,7 @@ from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.randomness import keys
 from jobs.oodface.scenario import CLEAN, Images, Scenario
 from jobs.oodface.scenarios import distort, find
+from jobs.oodface.sources import stays_inside
 from jobs.oodface.variations.base import SIDE, Landmarks, fitting
 
 NONE = "none"  # no defence
@@ -138,49 +139,61 @@ class Faces:
 class Writer:
     """Encodes every condition of a shard: a table of images, or of the files that it wrote."""
 
+    rows_per_group = None  # of its table in parquet
+
     def __init__(self, plan: Plan, dials: Corrupt, folder: Path) -> None:
         self.faces, self.dials, self.folder = Faces(plan), dials, folder
         self.clock = self.faces.clock
         self.pool = ThreadPoolExecutor(plan.encoders)
+        self.encode = encoder(dials.format, dials.quality)
 
     def __call__(self, shard: Shard) -> pa.Table:
-        """Rows: image_id, identity, scenario, severity, found, and image {bytes, path} or file and sha256."""
+        """Rows: image_id, identity, scenario, severity, found, and image {bytes, path} or file and sha256.
+
+        Files are on the disk when it returns, before an entry says that the shard is there.
+
+        Raises:
+            UserError: an image is called so that its file would lie outside the folder.
+            JobFailure: the disk is full, or the folder cannot be written.
+        """
+        if self.dials.output == "folders":
+            for image_id in shard.image_ids:
+                if not stays_inside(image_id):
+                    raise UserError(f"the image {image_id!r} would be written outside {self.folder}; rename it")
         template = TEMPLATES[self.dials.template]
         crops = self.faces.aligned(shard, [template])[template.name]
         rows: list[dict[str, Any]] = []
         for scenario, severity in self.faces.plan.conditions:
             images = self.faces.under(crops, shard.image_ids, scenario, severity)
             with self.clock("encode"):
-                files = encoded(images, self.dials.format, self.dials.quality, self.pool)
-            with self.clock("write"):
-                for at, file in enumerate(files):
-                    row = {
-                        "image_id": shard.image_ids[at],
-                        "identity": shard.identities[at],
-                        "scenario": scenario,
-                        "severity": severity,
-                        "found": crops.found[at],
-                    }
-                    rows.append(row | self._kept(row, file))
+                kept = self._kept(images, shard.image_ids, Path(scenario, str(severity)))
+            for image_id, identity, found, one in zip(
+                shard.image_ids, shard.identities, crops.found, kept, strict=True
+            ):
+                told = {"scenario": scenario, "severity": severity, "found": found}
+                rows.append({"image_id": image_id, "identity": identity} | told | one)
         if self.dials.output == "folders":
             with self.clock("write"):
-                os.sync()  # before the shard's entry says that its files are there
+                settle((self.folder / row["file"] for row in rows), self.folder)
         return pa.Table.from_pylist(rows, schema=self._schema())
 
     def empty(self) -> pa.Table:
         """The table of a shard of which no image could be read."""
         return self._schema().empty_table()
 
-    def _kept(self, row: dict[str, Any], file: bytes) -> dict[str, Any]:
-        name = Path(row["scenario"], str(row["severity"]), f"{row['image_id']}.{SUFFIXES[self.dials.format]}")
+    def _kept(self, images: Images, image_ids: Sequence[str], below: Path) -> list[dict[str, Any]]:
+        """The columns of each image's row that say where its encoded form is."""
+        names = [below / f"{image_id}.{SUFFIXES[self.dials.format]}" for image_id in image_ids]
         if self.dials.output == "parquet":
-            return {"image": {"bytes": file, "path": str(name)}}
-        from cluster.datasets import write_file
+            files = self.pool.map(self.encode, bits(images))
+            return [{"image": {"bytes": file, "path": str(name)}} for name, file in zip(names, files, strict=True)]
+        make_folders({(self.folder / name).parent for name in names})
 
-        target = self.folder / name
-        if not target.resolve().is_relative_to(self.folder.resolve()):
-            raise UserError(f"the image {row['image_id']!r} would be written outside {self.folder}; rename it")
-        return {"file": str(name), "sha256": write_file(target, file)}
+        def write(name: Path, planes: np.ndarray) -> str:
+            return write_file(self.folder / name, self.encode(planes))
+
+        digests = self.pool.map(write, names, bits(images))
+        return [{"file": str(name), "sha256": digest} for name, digest in zip(names, digests, strict=True)]
 
     def _schema(self) -> pa.Schema:
         text = pa.string()
@@ -199,6 +212,8 @@ class Writer:
 
 class Embedder:
     """Asks the face models about every condition of a shard, without the images touching the disk."""
+
+    rows_per_group = 4096  # a few conditions: scoring reads some of them at a time, and in small groups pages grow
 
     def __init__(self, plan: Plan, entries: Sequence[str | OnnxFace], defences: Sequence[str]) -> None:
         self.faces, self.defences = Faces(plan), (NONE, *defences)
@@ -242,8 +257,13 @@ class Embedder:
 SUFFIXES = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 
 
-def encoded(images: Images, format: str, quality: int, pool: ThreadPoolExecutor) -> list[bytes]:
-    """Image files of the crops; png and webp are lossless."""
+def bits(images: Images) -> UInt8[np.ndarray, "batch 3 height width"]:
+    """Images as 8 bits; what lies outside [0, 1] is cut."""
+    return images.clamp(0, 1).mul_(255).to(torch.uint8).cpu().numpy()
+
+
+def encoder(format: str, quality: int) -> Callable[[UInt8[np.ndarray, "3 height width"]], bytes]:
+    """Makes an image file of RGB planes; png and webp are lossless, quality (1 to 100) is jpeg's."""
     import cv2
 
     options = {
@@ -255,7 +275,7 @@ def encoded(images: Images, format: str, quality: int, pool: ThreadPoolExecutor)
     def file(planes: np.ndarray) -> bytes:
         return cv2.imencode(f".{SUFFIXES[format]}", cv2.merge(planes[::-1]), options)[1].tobytes()
 
-    return list(pool.map(file, (images * 255).to(torch.uint8).cpu().numpy()))
+    return file
 
 
 def _configured(name: str, plan: Plan) -> Scenario:

@@ -26,7 +26,13 @@ _MAX_RESPONSE_BYTES = 2**20
 _RETRIED_STATUS = frozenset({408, 409, 425, 429})  # and whatever a server says of itself, from 500 on
 _FIRST_BACKOFF_S = 0.5
 _EXCERPT = 200  # characters of a refusal that are told
-_FILTERED = re.compile(r"content.?(filter|policy|management)|safety|moderation", re.IGNORECASE)
+_MODERATED = (
+    r"content.?(filter|policy|management)|moderation|(input|prompt|content|image)\w* (was|were|is|has been) flagged"
+)
+# a 403 may also speak of an account
+_FILTERED = {status: re.compile(_MODERATED, re.IGNORECASE) for status in (403, 422)}
+_FILTERED[400] = re.compile(f"{_MODERATED}|flagged|safety", re.IGNORECASE)
+_UNSUPPORTED = re.compile(r"unsupported|not support|only the default", re.IGNORECASE)
 
 Message = dict[str, Any]
 Ask = Callable[[Sequence[Message]], str | None]
@@ -57,7 +63,7 @@ class ChatSettings(Section):
 
 
 class Chat:
-    """Asks at temperature 0.
+    """Asks at temperature 0, or at the endpoint's own where it takes no other, as OpenAI's reasoning models do.
 
     Args:
         settings: the endpoint; its token is read from the environment here and appears in no message or log.
@@ -81,6 +87,7 @@ class Chat:
         self._who = f"{role[:1].upper()}{role[1:]} at {self._url}"
         self._sleep = sleep
         self._clock = clock
+        self._dials: dict[str, Any] = {"temperature": 0, "max_tokens": settings.max_tokens}
         try:
             host = httpx.URL(self._url).host
         except httpx.InvalidURL as error:
@@ -106,8 +113,8 @@ class Chat:
         """What `talk(ask, item)` gives for each item, in order, several at once.
 
         `ask(messages)` is the text of one completion: "" where it has none or a filter of the endpoint refused it (by a
-        400 that says so), None where the response is no completion at all. Busy or failing endpoints are retried with
-        growing waits, a 429 or 503 after the time it names, all within `deadline_s` an item.
+        400, 403 or 422 that says so), None where the response is no completion at all. Busy or failing endpoints are
+        retried with growing waits, a 429 or 503 after the time it names, all within `deadline_s` an item.
 
         Raises: JobFailure where the endpoint stays unreachable or busy beyond the deadline; UserError where it refuses
             the request or the token; whatever `talk` raises.
@@ -146,23 +153,23 @@ class Chat:
     ) -> str | None:
         import httpx
 
-        body = {
-            "model": self._settings.model,
-            "messages": list(messages),
-            "temperature": 0,
-            "max_tokens": self._settings.max_tokens,
-        }
+        body = {"model": self._settings.model, "messages": list(messages)}
+        dials = self._dials
         backoff = _FIRST_BACKOFF_S
         while not stop.is_set():
             pause = None
             try:
-                status, headers, content = self._post(client, body, deadline)
+                status, headers, content = self._post(client, body | dials, deadline)
             except httpx.TransportError as error:
                 trouble = f"the last attempt failed with {type(error).__name__}"
             else:
                 if 200 <= status < 300:
                     return _text_of(content)
-                if status == 400 and _FILTERED.search(content.decode(errors="replace")):
+                said = content.decode(errors="replace")
+                if status == 400 and (accepted := _accepted(dials, said)) != dials:
+                    dials = self._dials = accepted
+                    continue
+                if status in _FILTERED and _FILTERED[status].search(said):
                     return ""
                 if status not in _RETRIED_STATUS and status < 500:
                     raise UserError(self._refusal(status, content))
@@ -207,6 +214,18 @@ class Chat:
             f"{self._who} refused the request for model {self._settings.model} (HTTP {status}"
             f"{f': {said}' if said else ''}); correct base_url or model."
         )
+
+
+def _accepted(dials: dict[str, Any], said: str) -> dict[str, Any]:
+    """The dials as an endpoint takes them that refused some: OpenAI's reasoning models have another limit of tokens."""
+    if not _UNSUPPORTED.search(said):
+        return dials
+    taken = dict(dials)
+    if re.search(r"\bmax_tokens\b", said) and "max_tokens" in taken:
+        taken["max_completion_tokens"] = taken.pop("max_tokens")
+    if re.search(r"\btemperature\b", said):
+        taken.pop("temperature", None)
+    return taken
 
 
 def retry_after_s(header: str | None, now: datetime) -> float | None:

@@ -12,9 +12,10 @@ from scipy import stats
 from cluster.errors import UserError
 from jobs.oodface.augmentation import RandomScenario
 from jobs.oodface.corruptions import CORRUPTIONS
-from jobs.oodface.corruptions.data import JpegCompression, poisson
+from jobs.oodface.corruptions.data import JpegCompression, jpeg, poisson
 from jobs.oodface.corruptions.extensions import ElasticTransform
 from jobs.oodface.corruptions.sensor import ColorShift
+from jobs.oodface.defences import defended
 from jobs.oodface.filters import gaussian
 from jobs.oodface.randomness import Random, keys
 from jobs.oodface.scenario import SEVERITIES
@@ -255,6 +256,32 @@ def test_the_differentiable_jpeg_is_near_the_real_one_and_passes_gradients():
     assert -10 * torch.log10((real - soft).square().mean()) > 30
     soft.sum().backward()
     assert images.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["shot_noise", "pixelate"])
+def test_neither_compiler_nor_autocast_changes_a_scenario(name):
+    images, drawn = faces(2, 32, 32), keys(ids(2), name, 1)
+    wanted = distort(images, name, 1, drawn)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(distort(images, name, 1, drawn), wanted)
+    compiled = torch.compile(lambda batch: distort(batch * 1, name, 1, drawn) + 0, backend="eager")
+    for size in (2, 1):  # another shape is compiled anew
+        drawn = keys(ids(size), name, 1)
+        assert torch.equal(compiled(images[:size]), wanted[:size])
+    augment = RandomScenario(name, (1, 3))
+    torch.manual_seed(1)
+    first = augment(images)
+    torch.manual_seed(1)
+    assert torch.equal(torch.compile(augment, backend="eager")(images), first)
+
+
+def test_jpeg_cuts_what_lies_outside_the_range():
+    images = faces(2, 32, 32) * 3 - 1
+    inside = images.clamp(0, 1)
+    drawn = keys(ids(2), "bit_depth", 0)
+    assert torch.equal(jpeg(images, 80), jpeg(inside, 80))
+    assert torch.equal(*(distort(one, "jpeg_compression", 1, keys(ids(2), "j", 1)) for one in (images, inside)))
+    assert torch.equal(*(defended(one, "bit_depth", drawn)[0] for one in (images, inside)))
 
 
 def test_a_scenario_is_a_kornia_augmentation():

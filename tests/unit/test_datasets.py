@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -169,6 +170,23 @@ def test_a_disk_that_fills_while_parquet_is_written(folder, monkeypatch):
     with pytest.raises(JobFailure, match="No space left"):
         datasets.write_shard(folder, 1, table(3))
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_files_beside_the_shards_fail_as_shards_do(tmp_path, monkeypatch):
+    path = tmp_path / "images" / "ann" / "1.png"
+    datasets.make_folders([path.parent, path.parent])
+    assert datasets.write_file(path, b"x") == hashlib.sha256(b"x").hexdigest()
+    datasets.settle([path], tmp_path / "images")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(JobFailure, match=r"1\.png cannot be written: No space left .* free some space"):
+        datasets.settle([path], tmp_path / "images")
+    with pytest.raises(JobFailure, match=r"1\.png/below cannot be written: Not a directory; check the folder"):
+        datasets.make_folders([path / "below"])
+    assert path.read_bytes() == b"x"
 
 
 def test_a_folder_that_is_gone_is_one_sentence(tmp_path):

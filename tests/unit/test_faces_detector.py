@@ -90,6 +90,27 @@ def test_images_of_one_size_share_a_pass_and_order_is_kept():
     assert Detector(network, threshold=0.97).detect(images) == [[], [], [], []]
 
 
+def test_images_that_are_seen_at_one_size_share_a_pass(detector):
+    network = OneCell()
+    sizes = [(480, 640), (960, 1280), (970, 1280), (600, 800)]
+    found = Detector(network).detect([torch.rand(3, *size) for size in sizes])
+    assert [shape[0] for shape in network.seen] == [1, 1, 1, 1]  # of 2^19 pixels on a processor
+    assert [faces[0].box[2] - faces[0].box[0] for faces in found] == pytest.approx([64, 128, 128, 80], abs=1e-3)
+    network.seen.clear()
+    Detector(network, longest=320).detect([torch.rand(3, *size) for size in sizes])
+    assert [tuple(shape) for shape in network.seen] == [(4, 3, 256, 320)]
+
+
+@needs_shared
+def test_a_face_does_not_depend_on_the_sizes_beside_it(detector):
+    images = [F.interpolate(one[None], side)[0] for one, side in zip(photographs(4), (250, 300, 231, 700), strict=True)]
+    together = detector.detect(images + [image[:, :240] for image in images[:2]])
+    for image, faces in zip(images, together, strict=False):
+        [alone] = detector.detect([image])
+        assert [(face.box, face.score) for face in faces] == [(face.box, face.score) for face in alone]
+        assert all(torch.equal(*(face.landmarks for face in pair)) for pair in zip(faces, alone, strict=True))
+
+
 def test_a_big_batch_is_cut():
     network = OneCell()
     Detector(network).detect([torch.rand(3, 512, 512)] * 5)

@@ -142,6 +142,22 @@ def test_the_version_of_an_onnx_model_is_its_content(tmp_path):
     assert load(own(one)).version != load(own(two)).version
 
 
+def test_weights_beside_an_onnx_model_belong_to_its_version(tmp_path):
+    model = onnx.load(write_model(tmp_path / "net.onnx", ["n", 3, 16, 16]))
+    versions, graphs = set(), set()
+    for channel in (0, 1):
+        model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.array(channel), "channel"))
+        (tmp_path / "net.onnx.data").unlink(missing_ok=True)  # onnx would append to it
+        settings = {"save_as_external_data": True, "location": "net.onnx.data", "size_threshold": 0}
+        onnx.save_model(onnx.ModelProto.FromString(model.SerializeToString()), tmp_path / "net.onnx", **settings)
+        versions.add(load(own(tmp_path / "net.onnx")).version)
+        graphs.add((tmp_path / "net.onnx").read_bytes())
+    assert (len(versions), len(graphs)) == (2, 1)
+    (tmp_path / "net.onnx.data").unlink()
+    with pytest.raises(UserError, match=r"net\.onnx keeps weights in .*net\.onnx\.data, which is missing"):
+        load(own(tmp_path / "net.onnx"))
+
+
 def test_what_is_no_embedding_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         load(own(tmp_path / "absent.onnx"))

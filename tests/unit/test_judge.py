@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 import pytest
 
 from cluster.errors import JobFailure, UserError
-from jobs.scoring.chat import ChatSettings, retry_after_s
+from jobs.scoring.chat import Chat, ChatSettings, retry_after_s
 from jobs.scoring.judge import Judge, parse_scores
 from tests.chat_endpoint import Endpoint, completion, serving
 
@@ -177,6 +178,66 @@ def test_a_refused_request_is_the_users_to_mend(endpoint, make_judge, status, me
         make_judge(token_env="JUDGE_TOKEN").score(["x"], NAMES)
     assert len(endpoint.requests) == 1
     assert TOKEN not in str(caught.value) + caplog.text
+
+
+def test_what_a_model_does_not_take_is_sent_otherwise_from_then_on(endpoint, make_judge, waits):
+    said = {
+        "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+        "'max_completion_tokens' instead.",
+        "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) "
+        "value is supported.",
+    }
+
+    def answer(body: dict) -> tuple[int, dict[str, str], str]:
+        wrong = next((name for name in said if name in body), None)
+        error = wrong and json.dumps({"error": {"message": said[wrong], "type": "invalid_request_error"}})
+        return (400, {}, error) if wrong else (200, {}, completion(GOOD))
+
+    endpoint.answer = answer
+    assert len(make_judge(concurrency=1, max_tokens=77).score(["x", "y"], NAMES)) == 2
+    bodies = [body for _, _, body in endpoint.requests]
+    assert [sorted(set(body) - {"model", "messages"}) for body in bodies] == [
+        ["max_tokens", "temperature"],
+        ["max_completion_tokens", "temperature"],
+        ["max_completion_tokens"],
+        ["max_completion_tokens"],
+    ]
+    assert bodies[-1]["max_completion_tokens"] == 77
+    assert waits == []
+
+
+@pytest.mark.parametrize(
+    "told", ["max_tokens is too large: 200", "'temperature' is above 2", "'max_completion_tokens' is not supported"]
+)
+def test_another_fault_of_a_parameter_is_told(endpoint, make_judge, told):
+    endpoint.replies = [(400, {}, told)]
+    with pytest.raises(UserError, match="HTTP 400"):
+        make_judge().score(["x"], NAMES)
+    assert len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (400, '{"error": {"code": "content_filter", "message": "The response was filtered"}}'),
+        (
+            403,
+            '{"error": {"code": 403, "message": "m requires moderation. Your input was flagged for \\"violence\\"."}}',
+        ),
+        (422, '{"error": {"code": "content_policy_violation"}}'),
+    ],
+)
+def test_a_moderated_question_has_no_answer_and_ends_nothing(endpoint, status, told):
+    endpoint.replies = [(status, {}, told), (200, {}, completion("yes"))]
+    chat = Chat(ChatSettings(base_url=endpoint.base_url, model="m", concurrency=1), "the model")
+    ask = [{"role": "user", "content": "?"}]
+    assert chat.each([1, 2], lambda one, _: one(ask)) == ["", "yes"]
+
+
+def test_a_refused_account_is_no_moderation(endpoint, make_judge):
+    endpoint.replies = [(403, {}, "Your account has been flagged; see our safety practices")]
+    with pytest.raises(UserError, match="refused the token"):
+        make_judge().score(["x"], NAMES)
 
 
 def test_an_unset_token_variable_is_named(make_judge, monkeypatch):

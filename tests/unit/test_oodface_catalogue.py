@@ -138,6 +138,26 @@ def test_a_distance_out_of_range_is_refused_before_anything_is_read(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_more_pairs_than_can_be_compared_are_refused():
+    for near, images in ((8, 300_000), (6, 1_000_000), (4, 5_000_000), (0, 10**9)):
+        catalogue.require_few_pairs(near, images)
+    told = r"near_duplicates = 8 would compare about 8e\+09 pairs of 1000000 images; set it to 6 or lower"
+    with pytest.raises(UserError, match=told):
+        catalogue.require_few_pairs(8, 1_000_000)
+    with pytest.raises(UserError, match="set it to 4 or lower"):
+        catalogue.require_few_pairs(6, 5_000_000)
+
+
+def test_a_listing_with_too_many_pairs_starts_no_spark(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name).write_bytes(saved(scene(0)))
+    monkeypatch.setattr(catalogue, "MOST_COMPARED", 0.01)
+    monkeypatch.setattr(catalogue.spark, "session", None)
+    with pytest.raises(UserError, match="pairs of 2 images; set it to 6 or lower"):
+        catalogue.build("folder", str(tmp_path / "images"), tmp_path / "out", near=7)
+
+
 @needs_shared
 def test_a_photograph_saved_again_or_scaled_is_near():
     for path in sorted((SHARED / "lfw400/images").rglob("*.jpg"))[::15]:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cluster.errors import JobFailure, UserError
-from jobs.oodface import sources
+from jobs.oodface import sources, tables
 from jobs.oodface.pixels import decode
 from jobs.oodface.tables import Table
 
@@ -166,6 +166,60 @@ def test_parquet_with_plain_bytes_in_a_folder(tmp_path):
     assert [str(one) for one in last] == ["holds no image in row 2", "has no row 9"]
 
 
+def test_parquet_in_one_large_group_is_copied_in_small_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "LARGEST_GROUP", 4)
+    monkeypatch.setattr(tables, "ROWS_PER_SHARD", 2)
+    monkeypatch.setattr(tables, "ROWS_PER_GROUP", 1)
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 2)
+    path, work = tmp_path / "f.parquet", tmp_path / "work"
+    faces(extra=list("abcde")).to_parquet(path)
+    rows = list(sources.find("parquet", str(path), work))
+    assert "has groups of up to 5 rows" in capsys.readouterr().out
+    assert [row.image_id for row in rows] == ["ann/0", "bob/1", "ann/2", "bob/3", "ann/4"]
+    assert [row.row for row in rows] == [0, 1, 0, 1, 0]
+    assert {row.size for row in rows} == {path.stat().st_size}
+    for number, pixels in enumerate(read(rows)):
+        assert (pixels == PIXELS + number).all()
+    copied = pq.ParquetFile(rows[0].path)
+    assert (copied.num_row_groups, copied.schema_arrow.names) == (2, ["image", "label"])
+    assert list(sources.find("parquet", str(path), work)) == rows
+    assert capsys.readouterr().out == ""
+    faces(extra=list("vwxyz")).select([4, 3, 2, 1, 0]).to_parquet(path)
+    again = list(sources.find("parquet", str(path), work))
+    assert [row.image_id for row in again] == ["ann/4", "bob/3", "ann/2", "bob/1", "ann/0"]
+    assert (read(again)[0] == PIXELS + 4).all()
+    assert len(list(work.iterdir())) == 1
+
+
+def test_rows_of_a_group_are_read_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 2)
+    faces().to_parquet(tmp_path / "f.parquet")
+    table = Table(tmp_path / "f.parquet")
+    for row in (1, 0, 4, 4, 2, 3):
+        assert (decode(table.image(row))[0] == PIXELS + row).all()
+        assert len(table.images) <= 2
+
+
+def test_a_damaged_page_takes_only_its_own_rows(tmp_path, monkeypatch):
+    path = tmp_path / "f.parquet"
+    pixels = np.random.default_rng(1).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    content = {"image": [encoded(pixels + number) for number in range(6)]}
+    pq.write_table(
+        pa.table(content), path, compression="zstd", use_dictionary=False, data_page_size=1, write_batch_size=2
+    )
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle - 2000 : middle + 2000] = bytes(4000)
+    path.write_bytes(data)
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(tables, "LARGEST_GROUP", 4)
+    rows = list(sources.find("parquet", str(path), tmp_path / "work"))
+    assert {row.path for row in rows} == {str(path)}
+    found = list(sources.contents((row.path, row.row) for row in rows))
+    assert [isinstance(one, bytes) for one in found[:2]] == [True, True]
+    assert all("cannot be read" in str(one) for one in found[2:4])
+
+
 def test_parquet_names_its_images_itself(tmp_path):
     pq.write_table(pa.table({"image": [encoded(PIXELS)], "image_id": ["x/1.jpg"]}), tmp_path / "f.parquet")
     assert found("parquet", tmp_path / "f.parquet") == [("x/1", None)]
@@ -244,6 +298,10 @@ def test_the_real_client_offline_says_so(monkeypatch, tmp_path):
     [
         (datasets.exceptions.DatasetNotFoundError("gone"), "the hub has no data set owner/faces"),
         (ValueError("Unknown split"), r"gives no split test of its default subset \(Unknown split\)"),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found faces.py"),
+            r"owner/faces is made by a script .*faces\.py\); name a copy of it in parquet in oodface\.images",
+        ),
     ],
 )
 def test_a_wrong_hub_data_set_is_told(monkeypatch, tmp_path, error, told):

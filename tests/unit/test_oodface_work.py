@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray.data
 import torch
 from datasets import load_dataset
 from PIL import Image
@@ -20,7 +21,7 @@ from cluster.datasets import Shard as Written
 from cluster.errors import UserError
 from jobs.oodface import drawn, meter, pipeline, scoring, work
 from jobs.oodface.config import Corrupt, OodfaceConfig
-from jobs.oodface.defences import NAMES, defended
+from jobs.oodface.defences import defended
 from jobs.oodface.faces.align import ARCFACE_96, DLIB, DLIB_YUNET
 from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.job import catalogue_lines
@@ -30,7 +31,7 @@ from jobs.oodface.randomness import keys
 from jobs.oodface.run import dry_run, prepare
 from jobs.oodface.scenarios import SCENARIOS, selected
 from jobs.oodface.variations.base import fitting
-from jobs.oodface.work import CLEAN, Embedder, Plan, Shard, Writer, _points, encoded
+from jobs.oodface.work import CLEAN, Embedder, Plan, Shard, Writer, _points, bits, encoder
 
 CONDITIONS = (CLEAN, ("fog", 2), ("zoom_blur", 5), ("makeup", 3))
 
@@ -70,6 +71,19 @@ def test_folders_hold_the_files_that_the_table_names(shard, tmp_path):
     assert not pipeline.files_present(shard_file, tmp_path)
 
 
+def test_files_are_on_the_disk_before_their_table_is(shard, tmp_path, monkeypatch):
+    synced: set[int] = set()
+
+    def fsync(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    table = Writer(plan(16), Corrupt(output="folders"), tmp_path / "run" / "images")(shard)
+    wanted = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    assert len([path for path in wanted if path.is_file()]) == table.num_rows
+    assert {path.stat().st_ino for path in wanted} <= synced
+
+
 def test_embeddings_have_a_row_a_model_and_defence(shard):
     embedder = Embedder(plan(16), ["dlib_resnet"], ["jpeg"])
     table = embedder(shard)
@@ -93,14 +107,19 @@ def test_embeddings_have_a_row_a_model_and_defence(shard):
 
 def test_shards_are_images_to_the_datasets_library(shard, tmp_path):
     table = Writer(plan(16), Corrupt(), tmp_path)(shard)
-    datasets.write_shard(tmp_path, 0, table)
-    path = str(tmp_path / "part-00000.parquet")
-    rows = load_dataset("parquet", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+    folder = tmp_path / "shards"
+    datasets.prepare(folder, {})
+    for index in range(2):
+        datasets.write_shard(folder, index, table)
+    datasets.finish(folder, {}, range(2))
+    files = f"{folder}/part-*.parquet"  # as docs/oodface.md says
+    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 2 * table.num_rows
     assert rows[0]["image"].size == (112, 112)
 
 
 def test_no_image_is_written_outside_the_folder(shard, tmp_path):
-    for name in ("/outside", "../../../outside"):
+    for name in ("/outside", "../../../outside", "a/../../../../outside"):
         away = Shard(0, [name], [None], shard.pixels[:1])
         with pytest.raises(UserError, match="would be written outside"):
             Writer(plan(16), Corrupt(output="folders"), tmp_path / "images")(away)
@@ -110,8 +129,8 @@ def test_no_image_is_written_outside_the_folder(shard, tmp_path):
 @pytest.mark.parametrize("format", ["png", "webp"])
 def test_lossless_files_give_the_pixels_back(format):
     images = torch.randint(0, 256, (2, 3, 20, 30)).float() / 255
-    files = encoded(images, format, 95, ThreadPoolExecutor(2))
-    for image, file in zip(images, files, strict=True):
+    images[1, :, 0, 0] = torch.tensor([-0.01, 1.01, 2.0])
+    for image, file in zip(images.clamp(0, 1), map(encoder(format, 95), bits(images)), strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
         assert np.array_equal(pixels, (image * 255).round().byte().permute(1, 2, 0).numpy())
 
@@ -132,7 +151,16 @@ def test_scores_of_which_nothing_is_left_are_refused_and_an_empty_shard_is_none(
     found = scoring.score(files, pairs, (CLEAN, ("fog", 1)), dials)
     assert found["metrics"]["m"]["fixed/acc/fog/1"]["value"] == 1
     monkeypatch.setattr(scoring, "IN_MEMORY", 1)  # a condition at a time
+    read, rows = scoring.pq.read_table, []
+
+    def reading(file: Path, **settings: object) -> pa.Table:
+        table = read(file, **settings)
+        rows.append(table.num_rows if "filters" in settings else 0)
+        return table
+
+    monkeypatch.setattr(scoring.pq, "read_table", reading)
     assert scoring.score(files, pairs, (CLEAN, ("fog", 1)), dials) == found
+    assert sum(rows) == 2 * 4  # every row once
     with pytest.raises(UserError, match="not one image could be read"):
         scoring.score(files[:1], pairs, (CLEAN, ("fog", 1)), dials)
 
@@ -149,6 +177,26 @@ def test_rows_of_one_parquet_file_stay_together():
     rows = pa.table({"image_id": ["a", "b", "c", "d"], "path": ["y", "x", "y", "x"], "row": [11, 2, 9, 1]})
     cut = pipeline.tasks(rows, 2)
     assert [task.rows["image_id"].to_pylist() for task in cut] == [["d", "b"], ["c", "a"]]
+
+
+@pytest.mark.parametrize(("workers", "shards", "at_once"), [(1, 9, 2), (3, 9, 6), (8, 2, 4)])
+def test_two_shards_a_worker_are_decoded_at_once(tmp_path, monkeypatch, workers, shards, at_once):
+    stages = []
+
+    class Stream:
+        def map_batches(self, function, **settings):
+            stages.append(settings["compute"].size if function is pipeline._decoded else settings["compute"].max_size)
+            return self
+
+        def iter_batches(self, **_):
+            return iter([pa.table({"rows": [1]})])
+
+    monkeypatch.setattr(ray.data, "from_arrow", lambda blocks: Stream())
+    rows = pa.table({"image_id": ["a"], "identity": ["A"], "path": ["a"], "row": pa.nulls(1, pa.int64())})
+    todo = [pipeline.Task(index, rows) for index in range(shards)]
+    dials = load(OodfaceConfig, sets=[f"oodface.num_workers={workers}"], environ={}).oodface
+    assert list(pipeline.run(todo, tmp_path, lambda: None, dials)) == [{"rows": 1}]
+    assert stages == [at_once, min(workers, shards)]
 
 
 def test_a_face_that_is_not_found_in_a_dlib_chip_has_the_chips_points():
@@ -193,7 +241,9 @@ def test_drawn_people_have_faces_and_pairs(tmp_path):
     written = drawn.write(tmp_path / "drawn", people=20, shots=2)
     dials = load(OodfaceConfig, files=[written], environ={}).oodface
     pairs = load_pairs("csv", Path(dials.evaluate.pairs))
-    assert (len(pairs), pairs.balanced()) == (40, True)
+    assert sorted(zip(pairs.fold.tolist(), pairs.same.tolist(), strict=True)) == [
+        (fold, same) for fold in range(10) for same in (False, False, True, True)
+    ]
     people = [{image.split("/")[0] for image in pair} for pair in zip(pairs.image_a, pairs.image_b, strict=True)]
     assert [len(one) == 1 for one in people] == pairs.same.tolist()
     assert all((Path(dials.images) / f"{image}.png").exists() for image in pairs.images())
@@ -216,7 +266,6 @@ def test_defences_do_what_they_say():
     assert all(((form.sum(1) == 0).float().mean((1, 2)) < 0.2).all() for form in forms)
     assert torch.equal(forms[0], defended(images, "resize_pad", drawn)[0])
     assert not torch.equal(forms[0], forms[1])
-    assert set(NAMES) == {"jpeg", "bit_depth", "resize_pad"}
 
 
 def test_scenarios_are_chosen_by_name_category_or_group():

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cluster.errors import UserError
+from jobs.oodface import scenarios
 from jobs.oodface.randomness import keys
 from jobs.oodface.scenarios import distort
 from jobs.oodface.variations import VARIATIONS, AgeIncrease, Makeup
@@ -59,6 +60,23 @@ class Synthesis(nn.Module):
                 x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
             x = F.leaky_relu(convolution(x * (1 + style(latents[:, layer]))[:, :, None, None]), 0.2)
         return torch.tanh(self.colours(x))
+
+
+class Older(GeneratedVariation):
+    """As docs/oodface.md has it."""
+
+    name, title, category = AgeIncrease.name, AgeIncrease.title, AgeIncrease.category
+
+    def __init__(self) -> None:
+        super().__init__(editor(), AgeIncrease)
+
+
+def test_a_class_takes_the_place_of_a_stand_in(monkeypatch):
+    monkeypatch.setitem(scenarios.SCENARIOS, Older.name, Older)
+    images, drawn = torch.rand(1, 3, 112, 112), keys(["a"], Older.name, 3)
+    wanted = distort(images, GeneratedVariation(editor(), AgeIncrease), 3, drawn)
+    assert torch.equal(distort(images, "age_increase", 3, drawn), wanted)
+    assert not torch.equal(distort(images, AgeIncrease(), 3, drawn), wanted)
 
 
 def editor(fitting: Fitting = QUICK, perceptual=None) -> StyleGan2Editor:

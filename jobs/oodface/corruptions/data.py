@@ -186,13 +186,13 @@ class JpegCompression(Scenario):
 
 
 def jpeg(images: Images, quality: int) -> Images:
-    """JPEG by the real codec, 4:2:0; 8 bits in and out.
+    """JPEG by the real codec, 4:2:0; 8 bits in and out, and what lies outside [0, 1] is cut.
 
     On the CPU for images of any device: nvJPEG as torchvision calls it keeps the full chroma (4:4:4).
     """
     import cv2
 
-    pixels = images.mul(255).to(torch.uint8).cpu()
+    pixels = images.clamp(0, 1).mul_(255).to(torch.uint8).cpu()
     decoded = torch.empty_like(pixels)
     for one, result in zip(pixels.numpy(), decoded.numpy(), strict=True):
         _, file = cv2.imencode(".jpg", cv2.merge(one[::-1]), (cv2.IMWRITE_JPEG_QUALITY, quality))

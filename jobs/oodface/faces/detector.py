@@ -56,21 +56,22 @@ class Detector:
         """The faces in each image, the most certain first.
 
         Args:
-            images: RGB in [0, 1] on any device, of any sizes; those of one size share their passes.
+            images: RGB in [0, 1] on any device, of any sizes; those that the network sees at one size share passes.
         """
         found: list[list[Face]] = [[] for _ in images]
         for rows in self._batches(images):
-            for row, faces in zip(rows, self._pass(torch.stack([images[row] for row in rows])), strict=True):
+            for row, faces in zip(rows, self._pass([images[row] for row in rows]), strict=True):
                 found[row] = faces
         return found
 
     def _batches(self, images: Sequence[Tensor]) -> Iterator[list[int]]:
         by_size: dict[tuple[int, int], list[int]] = {}
         for row, image in enumerate(images):
-            by_size.setdefault((image.shape[1], image.shape[2]), []).append(row)
+            padded = tuple(side + -side % STRIDES[-1] for side in self._scaled(*image.shape[1:]))
+            by_size.setdefault(padded, []).append(row)
         pixels = _PIXELS_ON_GPU if self.network.stem.weight.is_cuda else _PIXELS_ON_CPU
-        for (height, width), rows in by_size.items():
-            count = max(1, pixels // math.prod(self._scaled(height, width)))
+        for padded, rows in by_size.items():
+            count = max(1, pixels // math.prod(padded))
             yield from (rows[start : start + count] for start in range(0, len(rows), count))
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
@@ -78,16 +79,20 @@ class Detector:
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     @torch.no_grad()
-    def _pass(self, images: Float[Tensor, "batch 3 height width"]) -> list[list[Face]]:
-        images = images.to(self.network.stem.weight)
-        height, width = images.shape[2:]
-        rows, columns = self._scaled(height, width)
-        if (rows, columns) != (height, width):
-            images = F.interpolate(images, (rows, columns), mode="bilinear", antialias=True)
-        padded = F.pad(images, (0, -columns % STRIDES[-1], 0, -rows % STRIDES[-1]))
-        image, boxes, scores, landmarks = self._best(decoded(self.network(padded)))
+    def _pass(self, images: Sequence[Float[Tensor, "3 _ _"]]) -> list[list[Face]]:
+        """Of images that have one size when scaled and padded."""
+        seen, scales = [], []
+        for one in images:
+            height, width = one.shape[1:]
+            rows, columns = self._scaled(height, width)
+            one = one[None].to(self.network.stem.weight)
+            if (rows, columns) != (height, width):
+                one = F.interpolate(one, (rows, columns), mode="bilinear", antialias=True)
+            seen.append(F.pad(one, (0, -columns % STRIDES[-1], 0, -rows % STRIDES[-1])))
+            scales.append([width / columns, height / rows])
+        image, boxes, scores, landmarks = self._best(decoded(self.network(torch.cat(seen))))
         # Pixel i of what the network saw has its centre at (i + .5) * back - .5 of the image.
-        back = torch.tensor([width / columns, height / rows])
+        back = torch.tensor(scales)[image.cpu()][:, None]
         boxes, landmarks = ((points.cpu() + 0.5) * back - 0.5 for points in (boxes.unflatten(1, (2, 2)), landmarks))
         faces: list[list[Face]] = [[] for _ in images]
         for row, box, score, points in zip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class FaceModel:
 
     name: its public name.
     template: the crops it expects; see `align.align`.
-    version: SHA-256 of the file of its weights, which pins what it computes.
+    version: SHA-256 of the file of its weights, or of all of them where there are several; it pins what is computed.
     network: what gives raw embeddings, those of dlib with a length that means nothing.
     """
 
@@ -101,4 +102,6 @@ _READERS: dict[str, tuple[Template, PackagedFile, Callable[[Path], Network]]] = 
 def _own(face: OnnxFace) -> FaceModel:
     template = TEMPLATES[face.template]
     network = OnnxNetwork(face, (template.height, template.width))
-    return FaceModel(face.name, template, sha256(network.path), network)
+    digests = [sha256(network.path), *(f"{path.name} {sha256(path)}" for path in network.data)]
+    version = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return FaceModel(face.name, template, version, network)

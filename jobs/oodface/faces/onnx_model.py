@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from cluster.errors import UserError
 from jobs.oodface.faces.config import OnnxFace
 
 if TYPE_CHECKING:
+    from onnx import GraphProto, TensorProto
     from onnxruntime import InferenceSession
 
 _CUDA = "CUDAExecutionProvider"
@@ -26,7 +28,7 @@ class OnnxNetwork:
     What the file says is not asked for: whether channels stand before or behind the pixels, the size of its images and
     how many it takes at once. Pixels and embeddings pass through the CPU's memory.
 
-    path: the file.
+    path: the file. data: those beside it that hold its weights, as torch.onnx.export writes them.
     size: height and width of the images that the network gets, px.
     images_at_once: how many one pass takes; None for any number.
     """
@@ -40,11 +42,12 @@ class OnnxNetwork:
                 another size.
 
         Raises:
-            UserError: no onnxruntime, no such file, no model that turns an image into an embedding, or a size against
-                the file's.
+            UserError: no onnxruntime, no such file or one that it needs, no model that turns an image into an
+                embedding, or a size against the file's.
         """
         self.face = face
         self.path = Path(face.path).expanduser()
+        self.data = _data(self.path)
         self.session = _session(self.path, "cpu")
         shape = self._input_shape()
         self.images_at_once = shape[0] if isinstance(shape[0], int) else None
@@ -113,6 +116,32 @@ class OnnxNetwork:
         batch = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0)))
         output = self.session.run(None, {self.session.get_inputs()[0].name: batch})[0]
         return output.reshape(len(output), -1)[: len(pixels)].astype(np.float32)
+
+
+def _data(path: Path) -> list[Path]:
+    """The files that a model's weights are kept in beside its own, by name."""
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # a file that is none, or missing: told by onnxruntime, which knows more formats
+        return []
+    external = [tensor for tensor in _tensors(model.graph) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    files = [path.parent / name for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{path} keeps weights in {file}, which is missing; put that file there too")
+    return files
+
+
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Initialisers and constants, those of inner graphs too."""
+    yield from graph.initializer
+    for attribute in (one for node in graph.node for one in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
 
 
 def _session(path: Path, device: str) -> InferenceSession:
