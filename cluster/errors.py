@@ -16,12 +16,16 @@ class Diverged(JobFailure):
     """A training whose numbers are none any more: it comes to that again however often it is restarted."""
 
 
+class NoRoom(JobFailure):
+    """The cluster had no room for as long as a job waits: the same again may find some."""
+
+
 @contextmanager
 def paths_named() -> Iterator[None]:
     """Before a job runs, a path that the file system refuses is one that the user can mend.
 
     Raises:
-        UserError: in place of an OSError that names a file.
+        UserError: in place of an OSError that names a file, and of what pathlib says of a home that is not known.
     """
     try:
         yield
@@ -31,3 +35,7 @@ def paths_named() -> Iterator[None]:
         path = str(error.filename)
         shown = path if len(path) <= 300 else f"{path[:297]}..."
         raise UserError(f"{shown} cannot be used: {error.strerror}; check the path and its permissions") from error
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # what pathlib says of ~NAME
+            raise
+        raise UserError(f"a path begins with ~, and no such home directory is known ({error}); write it out") from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import socket
 import sys
 import tempfile
@@ -29,8 +28,6 @@ from cluster.report import read_json, write_json
 LOOPBACK = "127.0.0.1"
 START_DEADLINE_S = 120.0
 END_GRACE_S = 20.0
-# A Unix socket's path holds 107 characters; Ray puts up to 64 of its own behind the temporary folder.
-MAX_TEMP_PATH = 43
 
 
 @dataclass(frozen=True)
@@ -186,12 +183,7 @@ def _end(storage: Path, local: Local) -> None:
 
 
 def _forget(storage: Path, temp: Path) -> None:
-    kept = storage / "cluster" / "ray-logs"
-    logs = (temp / "session_latest").resolve() / "logs"
-    if logs.is_dir():
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.move(logs, kept)
-    shutil.rmtree(temp, ignore_errors=True)
+    processes.forget_ray_folder(temp, storage / "cluster" / "ray-logs")
     (storage / "cluster.json").unlink(missing_ok=True)
 
 
@@ -228,11 +220,11 @@ def _bearer(token: Token) -> dict[str, str]:
 
 
 def _temp_folder() -> Path:
-    """Ray's temporary folder: one of our own, since the default keeps the address by which others find their Ray."""
-    root = Path(tempfile.gettempdir())
-    if len(str(root)) + len("/rayward-") + 8 > MAX_TEMP_PATH:
+    folder = processes.ray_folder()
+    if folder is None:
+        root = tempfile.gettempdir()
         raise UserError(f"The temporary folder {root} is too long for Ray's sockets; set TMPDIR to a shorter path.")
-    return Path(tempfile.mkdtemp(prefix="rayward-", dir=root))
+    return folder
 
 
 def _environment(storage: Path, token: Token) -> dict[str, str]:

@@ -191,7 +191,8 @@ def _changes(
     """Changes of one setting, the least harmful first."""
     for setting, smaller in largest.smaller():
         yield f"set {setting}", train, generation, smaller
-    if not train.activation_checkpointing:
+    keeps_units = train.lora is None or not train.lora.dropout  # see `Train`: FSDP cannot recompute with dropout
+    if not train.activation_checkpointing and (keeps_units or train.strategy != "fsdp"):
         changed = train.model_copy(update={"activation_checkpointing": True})
         yield "set train.activation_checkpointing=true", changed, generation, largest
     for share in (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9):
@@ -202,7 +203,8 @@ def _changes(
         if size < generation.max_batch_sequences:
             changed = generation.model_copy(update={"max_batch_sequences": size})
             yield f"set generation.max_batch_sequences={size}", train, changed, largest
-    if train.gpus_per_worker and train.num_workers > 1 and train.strategy == "ddp":
+    shardable = keeps_units or not train.activation_checkpointing
+    if train.gpus_per_worker and train.num_workers > 1 and train.strategy == "ddp" and shardable:
         yield "set train.strategy=fsdp", train.model_copy(update={"strategy": "fsdp"}), generation, largest
     # Only what divides the present number: batches that could be dealt out equally still can.
     fewer = [n for n in range(train.num_workers - 1, 0, -1) if train.num_workers % n == 0 and not train.gpus_per_worker]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +19,8 @@ from pathlib import Path
 import psutil
 
 LISTENER_DEADLINE_S = 10.0
+# A Unix socket's path holds 107 characters; Ray puts up to 64 of its own behind the temporary folder.
+MAX_TEMP_PATH = 43
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -70,6 +74,31 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def ray_folder() -> Path | None:
+    """A new temporary folder for one Ray; None where its path would be too long for Ray's sockets.
+
+    Ray opens its folder to everyone, and its workers run the code that lies there, so it stands below one that is its
+    owner's alone. A folder of one's own also keeps the address by which others find their Ray.
+    """
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) + len("/rayward-") + 8 + len("/r") > MAX_TEMP_PATH:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="rayward-", dir=root)) / "r"
+    folder.mkdir()
+    return folder
+
+
+def forget_ray_folder(folder: Path, logs: Path | None = None) -> None:
+    """Removes what `ray_folder` gave; the logs of the last session are kept at `logs`, in place of earlier ones."""
+    found = (folder / "session_latest").resolve() / "logs"
+    if logs is not None and found.is_dir():
+        shutil.rmtree(logs, ignore_errors=True)
+        logs.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(found, logs)
+    of_its_own = folder.name == "r" and folder.parent.name.startswith("rayward-")
+    shutil.rmtree(folder.parent if of_its_own else folder, ignore_errors=True)
 
 
 def start(command: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> Session:

@@ -71,9 +71,19 @@ def read_json(path: Path) -> dict | None:
 def read_lines(path: Path) -> list[dict]:
     """The rows of a JSON Lines file; none where there is none yet.
 
-    Lines end at a line feed only: texts may hold other separators (U+2028), which JSON leaves as they are.
+    Lines end at a line feed only: texts may hold other separators (U+2028), which JSON leaves as they are. What stands
+    behind the last one is a line that its writer did not finish, and is left out.
+
+    Raises:
+        UserError: a line is no JSON any more.
     """
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text("utf-8", errors="replace").split("\n")
+    try:
+        return [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); move it away and repeat the command") from None
 
 
 def digest(content: object) -> str:

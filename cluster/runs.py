@@ -36,18 +36,21 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times a phase that was not done yet; what was spent on it before an interruption counts."""
-        start, known = time.perf_counter(), self.state.get("seconds", {})
+        """Times a phase that was not done yet, with what attempts had spent on it that were broken off."""
+        start, broken_off = time.perf_counter(), self.state.get("broken_off", {})
+
+        def spent() -> float:
+            return round(broken_off.get(name, 0.0) + time.perf_counter() - start, 2)
+
         try:
             yield
         except BaseException:
-            with suppress(OSError):  # a full disk is told by who met it first
-                self._spent(known, name, start)
+            if (self.folder / STATE).exists():  # else it is no run yet, and its folder stays as it is
+                with suppress(OSError):  # a full disk is told by who met it first
+                    self.save(broken_off=broken_off | {name: spent()})
             raise
-        self._spent(known, name, start)
-
-    def _spent(self, known: Mapping[str, float], name: str, start: float) -> None:
-        self.save(seconds={**known, name: round(known.get(name, 0.0) + time.perf_counter() - start, 2)})
+        others = {phase: seconds for phase, seconds in broken_off.items() if phase != name}
+        self.save(seconds=self.state.get("seconds", {}) | {name: spent()}, broken_off=others)
 
 
 def claim(run: Run, fresh: bool) -> None:

@@ -69,6 +69,7 @@ def connected(config: Config) -> Iterator[None]:
 
     import joblib
     import ray
+    from ray._private.services import canonicalize_bootstrap_address_or_die  # 2.60 has no public call for it
     from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
@@ -77,36 +78,67 @@ def connected(config: Config) -> Iterator[None]:
         return
     demanded, given = config.workers.number * config.workers.cpus, os.environ.get(CONTROL_PORT)
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": True, "configure_logging": False}
-    if address is None:
-        cpus = config.cluster.num_cpus or max(joblib.cpu_count(), demanded)  # a container's limit counts
-        options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
-        # The usual port is left to `make up`; without a dashboard Ray Tune would hang.
-        options |= {"dashboard_port": processes.free_port()}
-        os.environ[CONTROL_PORT] = given or str(processes.free_port())
-        # Ray Train's cleaner of placement groups looks for a Ray on the machine, and there may be several.
-        environment["RAY_ADDRESS"] = f"127.0.0.1:{os.environ[CONTROL_PORT]}"
-    try:
-        ray.init(address=address or "local", **options)
-    except AuthenticationError as error:
-        raise UserError(
-            f"the Ray cluster at {address} wants its token: {str(error).splitlines()[0]}; set RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH, as `make up` says"
-        ) from None
-    except (ConnectionError, ValueError) as error:
+    # Ray Train's cleaner of placement groups asks the State API, which finds its Ray by these; another one may be near.
+    environment["RAY_API_SERVER_ADDRESS"] = ""
+    with _folder(config, address) as folder:
         if address is None:
-            raise JobFailure(f"no Ray could be started on this machine: {str(error).splitlines()[0]}") from None
-        raise UserError(
-            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`"
-        ) from None
-    finally:
-        if given is None:
-            os.environ.pop(CONTROL_PORT, None)
-    processes.leave_on_sigterm()
+            cpus = config.cluster.num_cpus or max(joblib.cpu_count(), demanded)  # a container's limit counts
+            options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
+            # The usual port is left to `make up`; without a dashboard Ray Tune would hang.
+            options |= {"dashboard_port": processes.free_port()}
+            options |= {} if folder is None else {"_temp_dir": str(folder)}
+            os.environ[CONTROL_PORT] = given or str(processes.free_port())
+            environment["RAY_ADDRESS"] = f"127.0.0.1:{os.environ[CONTROL_PORT]}"
+        elif not address.startswith("ray://"):
+            environment["RAY_ADDRESS"] = address
+        try:
+            if environment.get("RAY_ADDRESS") == "auto":
+                environment["RAY_ADDRESS"] = canonicalize_bootstrap_address_or_die("auto")
+            ray.init(address=address or "local", **options)
+        except AuthenticationError as error:
+            raise UserError(
+                f"the Ray cluster at {address} wants its token: {str(error).splitlines()[0]}; set RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH, as `make up` says"
+            ) from None
+        except (ConnectionError, ValueError) as error:
+            if address is None:
+                raise JobFailure(f"no Ray could be started on this machine: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`"
+            ) from None
+        except RuntimeError as error:
+            if address is None:
+                raise
+            raise UserError(
+                f"this process cannot join the Ray cluster at {address}: {' '.join(str(error).split())}; run it on a "
+                "node of the cluster with its Ray and Python, or hand it over by `ray job submit`"
+            ) from None
+        finally:
+            if given is None:
+                os.environ.pop(CONTROL_PORT, None)
+        processes.leave_on_sigterm()
+        try:
+            _require_room(config)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _folder(config: Config, address: str | None) -> Iterator[Path | None]:
+    """Where a Ray of the job's own keeps its files, removed with it; after a failure its logs are kept in storage."""
+    folder = processes.ray_folder() if address is None else None
+    logs = None
     try:
-        _require_room(config)
-        yield
+        yield folder
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException:
+        logs = storage(config) / "ray-logs"
+        raise
     finally:
-        ray.shutdown()
+        if folder is not None:
+            processes.forget_ray_folder(folder, logs)
 
 
 def on_worker(function, config: TrainingConfig, *arguments, seconds: float):

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import JobFailure, UserError
+from cluster.processes import Session
 from cluster.report import read_json
 from cluster.tracking_store import (
     already_there,
@@ -53,14 +54,14 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle"}
 def default_uri(storage: Path) -> str:
     """The tracking address of a storage folder: its running server, or else its SQLite file.
 
-    `storage/cluster.json` (left by `make up`) names the server; it counts only when its /health answers within 2 s. The
-    server listens on loopback, so ask on the node that will write.
+    `storage/cluster.json` (left by `make up`) names the server; it counts only while its process lives, here, and its
+    /health answers within 2 s. The server listens on loopback, so ask on the node that will write.
     """
     storage = storage.resolve()
     record = read_json(storage / "cluster.json")
     server = record.get("mlflow") if isinstance(record, dict) else None
     uri = server.get("uri") if isinstance(server, dict) else None
-    if isinstance(uri, str) and healthy(uri):
+    if isinstance(uri, str) and Session(server.get("pid", 0), server.get("born", "")).leads() and healthy(uri):
         return uri
     return f"sqlite:///{storage / 'mlflow.db'}"
 

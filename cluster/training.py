@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from cluster.cli import root_cause
 from cluster.config import Lora, Train
-from cluster.errors import Diverged, JobFailure, UserError
+from cluster.errors import Diverged, JobFailure, NoRoom, UserError
 from cluster.recorder import SCRATCH, Recorder, rank
 from cluster.report import read_json, write_json
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, TrainingArguments
 
 
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # of Ray Train
 WAITS_FOR_ROOM = 29  # times that Ray Train tries again to start the workers, after a minute each
 
 
@@ -234,6 +235,7 @@ def fit(
 
     Raises:
         UserError, JobFailure: a worker raised it.
+        NoRoom: the cluster did not have the workers free within half an hour.
         JobFailure: a worker failed more often than `train.max_failures`; the sentence is the first root cause.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -241,6 +243,9 @@ def fit(
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     folder = recorder.checkpoints
+    if not _sound(folder / SNAPSHOT):
+        print(f"what Ray Train kept in {folder} is damaged; stage {recorder.stage} begins anew", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{SCRATCH}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -278,10 +283,21 @@ def fit(
             waited = (
                 f"stage {recorder.stage} waited {WAITS_FOR_ROOM + 1} minutes for room for {train.num_workers} workers"
             )
-            raise JobFailure(f"{waited}; see with `ray status` who holds it, and run the command again") from error
+            raise NoRoom(f"{waited}; see with `ray status` who holds it, and run the command again") from error
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
         raise JobFailure(f"training stage {recorder.stage} failed: {type(cause).__name__}: {lines[-1]}") from error
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sound(snapshot: Path) -> bool:
+    """Whether Ray Train could go on from its record, which it writes in place: a damaged one it refuses for good."""
+    if not snapshot.exists():
+        return True
+    try:
+        results = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
+        return all((snapshot.parent / result["checkpoint_dir_name"]).is_dir() for result in results)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _told_once(worker: Callable[[Any, Recorder], None], task: Any, recorder: Recorder, final: Path) -> None:

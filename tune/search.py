@@ -18,7 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search.optuna import OptunaSearch
 
 from cluster.cli import root_cause, sentence
-from cluster.errors import UserError
+from cluster.errors import NoRoom, UserError
 from cluster.report import read_json, write_json
 from tune.config import Search
 from tune.halving import Halving, Rungs
@@ -115,17 +115,18 @@ def search(plan: Plan, environment: Mapping[str, str]) -> list[Record]:
         os.environ.update(ENVIRONMENT)
         grace = min(plan.settings.grace_steps, plan.max_steps)
         rungs = Rungs(grace, plan.settings.reduction_factor, plan.max_steps)
+        keeper = Keeper(plan, waiting)
         trial = tune.with_parameters(_trainable(plan), environment=dict(environment))
         tuner = tune.Tuner(
             tune.with_resources(trial, {"memory": 1_000_000}),  # of the CPUs none: they are its training's
             tune_config=tune.TuneConfig(
-                search_alg=Proposals(plan, ended, waiting),
+                search_alg=Proposals(plan, ended, waiting, keeper),
                 scheduler=Halving(plan.objectives, rungs, {record.number: record.looks for record in before}),
                 num_samples=missing,
                 max_concurrent_trials=plan.slots,
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=str(plan.folder / "ray"), callbacks=[Keeper(plan, waiting)], verbose=0
+                name="tune", storage_path=str(plan.folder / "ray"), callbacks=[keeper], verbose=0
             ),
         )
         try:
@@ -138,7 +139,7 @@ def search(plan: Plan, environment: Mapping[str, str]) -> list[Record]:
 class Proposals(OptunaSearch):
     """Optuna's proposals, numbered; the configuration as it is comes first, then what a killed driver left running."""
 
-    def __init__(self, plan: Plan, ended: Sequence[Record], waiting: Sequence[Record]) -> None:
+    def __init__(self, plan: Plan, ended: Sequence[Record], waiting: Sequence[Record], keeper: "Keeper") -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -175,10 +176,12 @@ class Proposals(OptunaSearch):
         self.tried = [record.values for record in (*ended, *waiting)]
         self.random = random.Random(plan.settings.seed + len(self.tried))
         self.as_it_is: set[str] = set()
-        self.plan = plan
+        self.plan, self.keeper = plan, keeper
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial: {"number", "values"}."""
+        if not self.keeper.has_room:
+            return self.FINISHED
         if self.waiting:
             number, values = self.waiting.pop(0)
             if values:
@@ -214,18 +217,24 @@ class Proposals(OptunaSearch):
 
 
 class Keeper(tune.Callback):
-    """Writes the records, and a line for each look and each end."""
+    """Writes the records, and a line for each look and each end.
+
+    A trial that found no room stays on record as running, for the next driver; `has_room` says that there was none.
+    """
 
     def __init__(self, plan: Plan, waiting: Sequence[Record] = ()) -> None:
         self.plan = plan
         self.waiting = {record.number: record for record in waiting}
         self.records: dict[str, Record] = {}
         self.before: dict[str, float] = {}
+        self.has_room = True
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
         """Told by Tune."""
         number = trial.config["number"]
         record = self.waiting.pop(number, None) or Record(number, dict(trial.config["values"]))
+        record.message = ""
+        _failure(self.plan, number).unlink(missing_ok=True)  # of an earlier try
         self.records[trial.trial_id] = record
         self.before[trial.trial_id] = record.seconds
         self.plan.keep(record)
@@ -256,7 +265,12 @@ class Keeper(tune.Callback):
         record = self.records[trial.trial_id]
         told = read_json(_failure(self.plan, record.number))
         record.message = told["message"] if told else "its process died"
-        self._end(record, FAILED)
+        if told and told.get("no_room"):
+            self.has_room = False
+            self.plan.keep(record)
+            print(f"trial {record.number} waits for another time: {record.message}", flush=True)
+        else:
+            self._end(record, FAILED)
 
     def _end(self, record: Record, state: str) -> None:
         record.state = state
@@ -285,7 +299,8 @@ def _trainable(plan: Plan) -> Callable[..., dict[str, Any]]:
         try:
             look = plan.run(config["values"], plan.trial_folder(number), [Reports(plan.objectives)])
         except Exception as error:
-            write_json({"message": sentence(root_cause(error))}, _failure(plan, number))
+            cause = root_cause(error)
+            write_json({"message": sentence(cause), "no_room": isinstance(cause, NoRoom)}, _failure(plan, number))
             raise
         return look | {"returned": True}
 

@@ -19,7 +19,7 @@ from jobs.oodface.sources import LAYOUTS
 if TYPE_CHECKING:
     from jobs.oodface.work import Plan
 
-VERSION = 2  # of what shards hold: another number makes all of them again
+VERSION = 3  # of what shards hold: another number makes all of them again
 # what decides how fast shards are made and not what they hold; scenarios and severities count as conditions
 SPEED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "corrupt", "evaluate", "ask"}
 SPEED |= {"scenarios", "severities", "clean", "near_duplicates"}

@@ -21,7 +21,7 @@ from cluster.recorder import HISTORY, Recorder
 from cluster.report import Metric, digest, read_json, read_lines, write_json
 from cluster.tracking import Tracker
 from jobs.rule import attack_report, job, tradeoff
-from jobs.rule.attacks import PLAIN, REWORDINGS, AttackTask, attacked
+from jobs.rule.attacks import PLAIN, QUANTISED, REWORDINGS, AttackTask, attacked
 from jobs.rule.config import RuleConfig, Steering
 from jobs.rule.data import Probe, Refusal, data_folder
 from jobs.rule.evaluate import check_lengths
@@ -188,6 +188,8 @@ def _scores(run: job.Run, name: str, path: Path, probes: tuple[Probe, ...]) -> d
                 bits,
             )
             kept.parent.mkdir(parents=True, exist_ok=True)
+            for left in kept.parent.glob(f"{QUANTISED}*"):  # by a worker that was killed
+                shutil.rmtree(left, ignore_errors=True)
             with run.phase(f"asking {name}, {kept.stem}"):
                 known = session.on_worker(attacked, config, task, seconds=LIMIT_S)
             write_json(known, kept)

@@ -171,7 +171,7 @@ def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "", 
         dials["rule"]["evaluation"].pop("judge")  # another one judges the same answers
     texts = {name: [vars(sample) for sample in samples] for name, samples in corpora.items()}
     nli = rule.evaluation.entailment and resolve_entailment(rule.evaluation.entailment, "rule.evaluation.entailment")
-    parts = [dials, source.name, source.version, data_digest(data), texts, what]
+    parts = [shared.VERSION, dials, source.name, source.version, data_digest(data), texts, what]
     parts += [benchmarks.rows()] if benchmarks else []
     parts += [nli.version] if nli else []
     identity = digest(parts)
@@ -233,7 +233,7 @@ def evaluated(run: Run, stage: str, model: Path) -> Examined:
                 return packed(session.on_worker(examine, run.config, task, seconds=EVALUATION_LIMIT_S))
 
         pinned = [run.source.name, run.source.version, run.entailment and run.entailment.version]
-        parts = [*pinned, vars(task) | {"model": None, "original": None, "entailment": None}]
+        parts = [shared.VERSION, *pinned, vars(task) | {"model": None, "original": None, "entailment": None}]
         known = shared.once(run.shared if stage == "original" else None, "answers", parts, asked)
         write_json(known, kept)
     return unpacked(known)

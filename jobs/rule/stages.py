@@ -1,5 +1,6 @@
 """The trainings of a RULE run: its two stages, or one other method; what they need is checked before any starts."""
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,7 @@ def steering(run: "Run", tracker: Tracker, output: Path) -> Path:
         run.trace if rule.method == methods.STEERING_ONLY else None,
     )
     steps = steering_steps(rule.steering, len(run.data.refusals))
-    parts = [run.source.name, run.source.version, vars(task) | {"model": None, "output": None}]
+    parts = [shared.VERSION, run.source.name, run.source.version, vars(task) | {"model": None, "output": None}]
     return shared.stage(run, "steering", output, parts, lambda: trained(run, tracker, "steering", steer, task, steps))
 
 
@@ -194,8 +195,11 @@ def trained(run: "Run", tracker: Tracker, stage: str, worker: Callable, task: An
     """Runs a stage on Ray Train unless its model is there already."""
     from cluster import training
 
+    recorder = Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
+    for partial in task.output.parent.glob(f".{task.output.name}.*"):  # of a worker that was killed as it saved
+        shutil.rmtree(partial, ignore_errors=True)
     if not (task.output / "config.json").exists():
-        recorder = Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
         with run.phase(stage):
             training.fit(worker, task, recorder, run.config.train, run.callbacks)
+    shutil.rmtree(recorder.checkpoints, ignore_errors=True)  # also of a driver that was killed before it did
     return task.output

@@ -157,7 +157,7 @@ def _scored(
 
     texts = [[row.answer, row.paraphrased_answer or row.answer, *row.perturbed_answer] for row in rows]
     pairs = [answered_ids(tokenizer, row.question, text) for row, own in zip(rows, texts, strict=True) for text in own]
-    end = [tokenizer.eos_token_id]
+    end = [] if stop else [tokenizer.eos_token_id]  # a base model ends its answers with a line
     logprobs = token_logprobs(
         model, [prompt + answer + end for prompt, answer in pairs], [len(p) for p, _ in pairs], max_batch_tokens
     )

@@ -78,5 +78,6 @@ def stopped(folder: Path, failed: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Removes a trial's weights and training states; the file of the best configuration trains it again."""
-    for path in (*folder.glob("train-*"), folder / "model", folder / "steered"):
+    unfinished = (*folder.glob(".model.*"), *folder.glob(".steered.*"))
+    for path in (*folder.glob("train-*"), *unfinished, folder / "model", folder / "steered"):
         shutil.rmtree(path, ignore_errors=True)

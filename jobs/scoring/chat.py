@@ -169,7 +169,7 @@ class Chat:
                 if status == 400 and (accepted := _accepted(dials, said)) != dials:
                     dials = self._dials = accepted
                     continue
-                if status in _FILTERED and _FILTERED[status].search(said):
+                if _filtered(status, said):
                     return ""
                 if status not in _RETRIED_STATUS and status < 500:
                     raise UserError(self._refusal(status, content))
@@ -226,6 +226,16 @@ def _accepted(dials: dict[str, Any], said: str) -> dict[str, Any]:
     if re.search(r"\btemperature\b", said):
         taken.pop("temperature", None)
     return taken
+
+
+def _filtered(status: int, said: str) -> bool:
+    """Whether an endpoint says that its filter refused a question; a page of a proxy is no such saying."""
+    if status not in _FILTERED or not _FILTERED[status].search(said):
+        return False
+    try:
+        return status == 400 or isinstance(json.loads(said), dict)
+    except ValueError:
+        return False
 
 
 def retry_after_s(header: str | None, now: datetime) -> float | None:

@@ -51,6 +51,8 @@ def main() -> None:
     record = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "commit": git_commit(ROOT), "runs": {}}
     for count in arguments.counts:
         images, out = folder / f"images-{count}", folder / f"corrupted-{count}"
+        for left in (images, out):
+            shutil.rmtree(left, ignore_errors=True)
         repeat(originals, count, images)
         record["runs"][str(count)] = run(images, out)
         print(json.dumps({count: record["runs"][str(count)]}), flush=True)

@@ -234,8 +234,15 @@ def test_a_moderated_question_has_no_answer_and_ends_nothing(endpoint, status, t
     assert chat.each([1, 2], lambda one, _: one(ask)) == ["", "yes"]
 
 
-def test_a_refused_account_is_no_moderation(endpoint, make_judge):
-    endpoint.replies = [(403, {}, "Your account has been flagged; see our safety practices")]
+@pytest.mark.parametrize(
+    "told",
+    [
+        "Your account has been flagged; see our safety practices",
+        "<html>Blocked by the content filter of this network</html>",
+    ],
+)
+def test_a_refused_account_or_a_proxys_page_is_no_moderation(endpoint, make_judge, told):
+    endpoint.replies = [(403, {}, told)]
     with pytest.raises(UserError, match="refused the token"):
         make_judge().score(["x"], NAMES)
 

@@ -22,3 +22,20 @@ def test_two_servers_cannot_share_a_port(tmp_path):
     with pytest.raises(UserError, match="need a port each"):
         local.up(tmp_path, local.Ports(dashboard=port, mlflow=port))
     assert not (tmp_path / "cluster.json").exists()
+
+
+def test_a_ray_keeps_its_files_below_a_folder_of_its_owner_alone(tmp_path, monkeypatch):
+    folder = processes.ray_folder()
+    assert folder.parent.stat().st_mode & 0o777 == 0o700
+    (folder / "session_1" / "logs").mkdir(parents=True)
+    (folder / "session_latest").symlink_to(folder / "session_1")
+    (folder / "session_1" / "logs" / "raylet.out").write_text("lost")
+    processes.forget_ray_folder(folder, tmp_path / "storage" / "ray-logs")
+    assert not folder.parent.exists()
+    assert (tmp_path / "storage" / "ray-logs" / "raylet.out").read_text() == "lost"
+    other = tmp_path / "theirs" / "r"  # of an earlier version, or anybody's: what lies beside it stays
+    other.mkdir(parents=True)
+    processes.forget_ray_folder(other)
+    assert other.parent.exists()
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/" + "x" * 40)
+    assert processes.ray_folder() is None

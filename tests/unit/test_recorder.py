@@ -9,7 +9,7 @@ import pytest
 from transformers import TrainerControl
 
 from cluster import training
-from cluster.errors import Diverged, JobFailure
+from cluster.errors import Diverged, JobFailure, UserError
 from cluster.recorder import HISTORY, SAMPLES, Recorder
 from cluster.report import read_lines
 
@@ -84,3 +84,15 @@ def test_what_may_pass_is_tried_again(tmp_path, error):
     with pytest.raises(type(error)):
         training._told_once(failing, None, None, tmp_path / "failure.json")
     assert not (tmp_path / "failure.json").exists()
+
+
+def test_a_line_that_was_not_finished_does_not_keep_a_run_from_going_on(tmp_path):
+    recorder = Recorder("rebo", tmp_path, 9)
+    recorder.record(1, {"reward": 0.5}, [{"step": 1, "completion": "whole"}])
+    with (tmp_path / SAMPLES).open("a") as file:
+        file.write('{"stage": "rebo", "step": 1, "compl')
+    recorder.rewind(1)
+    assert read_lines(tmp_path / SAMPLES) == [{"stage": "rebo", "step": 1, "completion": "whole"}]
+    (tmp_path / SAMPLES).write_text("{\n{}\n")
+    with pytest.raises(UserError, match="is damaged"):
+        read_lines(tmp_path / SAMPLES)

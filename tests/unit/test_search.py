@@ -11,6 +11,7 @@ from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 
 from cluster.errors import UserError
+from cluster.report import write_json
 from tune import report
 from tune.config import Dimension, Search
 from tune.halving import Halving, Rungs, ranked
@@ -61,7 +62,7 @@ def test_records_come_back_in_order(plan):
 
 
 def test_a_new_search_begins_with_the_configuration_as_it_is(plan):
-    proposals = Proposals(plan.plan, [], [])
+    proposals = Proposals(plan.plan, [], [], Keeper(plan.plan))
     assert proposals.suggest("a") == {"number": 0, "values": {}}
     drawn = proposals.suggest("b")
     assert drawn["number"] == 1
@@ -73,7 +74,7 @@ def test_a_new_search_begins_with_the_configuration_as_it_is(plan):
 
 def test_what_was_running_starts_again_under_its_number_and_what_ended_is_known(plan):
     ended = [Record(0, {}, COMPLETE, looks(0.5)), Record(1, LOW, STOPPED, looks(0.4)), Record(2, HIGH, FAILED)]
-    proposals = Proposals(plan.plan, ended, [Record(3, HIGH), Record(4, LOW)])
+    proposals = Proposals(plan.plan, ended, [Record(3, HIGH), Record(4, LOW)], Keeper(plan.plan))
     assert [done.params for done in proposals._ot_study.trials] == [LOW]
     assert proposals.next == 5
     stale, running = (plan.plan.trial_folder(number) for number in (5, 3))
@@ -86,12 +87,16 @@ def test_what_was_running_starts_again_under_its_number_and_what_ended_is_known(
 
 
 def test_a_search_that_goes_on_draws_something_new(plan):
-    first = Proposals(plan.plan, [], [])
+    first = Proposals(plan.plan, [], [], Keeper(plan.plan))
     first.suggest("default")
     drawn = [first.suggest(str(index))["values"]["x"] for index in range(2)]
-    later = Proposals(plan.plan, [Record(n, LOW | {"x": x}, STOPPED, looks(0.1)) for n, x in enumerate(drawn)], [])
+    later = Proposals(
+        plan.plan, [Record(n, LOW | {"x": x}, STOPPED, looks(0.1)) for n, x in enumerate(drawn)], [], Keeper(plan.plan)
+    )
     assert later.suggest("next")["values"]["x"] not in drawn
-    killed = Proposals(plan.plan, [], [Record(0, {}), *(Record(n + 1, LOW | {"x": x}) for n, x in enumerate(drawn))])
+    killed = Proposals(
+        plan.plan, [], [Record(0, {}), *(Record(n + 1, LOW | {"x": x}) for n, x in enumerate(drawn))], Keeper(plan.plan)
+    )
     assert [killed.suggest(str(index))["number"] for index in range(3)] == [0, 1, 2]
     assert killed.suggest("next")["values"]["x"] not in drawn
 
@@ -99,7 +104,7 @@ def test_a_search_that_goes_on_draws_something_new(plan):
 def test_nothing_is_tried_twice(plan):
     few = replace(plan.plan, space={"x": Dimension(choice=[1, 2]), "y": Dimension(choice=["a", "b"])})
     ended = [Record(0, {}, COMPLETE, looks(0.5)), Record(1, {"x": 1, "y": "a"}, FAILED)]
-    proposals = Proposals(few, ended, [])
+    proposals = Proposals(few, ended, [], Keeper(few))
     drawn = [proposals.suggest(str(index))["values"] for index in range(3)]
     found = sorted((values["x"], values["y"]) for values in drawn)
     assert found == [(1, "b"), (2, "a"), (2, "b")]
@@ -108,7 +113,7 @@ def test_nothing_is_tried_twice(plan):
 
 def test_nothing_is_tried_twice_once_the_space_has_a_model(plan):
     few = replace(plan.plan, space={"x": Dimension(choice=[1, 2, 3, 4]), "y": Dimension(choice=["a", "b", "c"])})
-    proposals = Proposals(few, [Record(0, {}, COMPLETE, looks(0.5))], [])
+    proposals = Proposals(few, [Record(0, {}, COMPLETE, looks(0.5))], [], Keeper(few))
     drawn = []
     for index in range(12):
         drawn.append(proposals.suggest(str(index))["values"])
@@ -118,7 +123,9 @@ def test_nothing_is_tried_twice_once_the_space_has_a_model(plan):
 
 
 def test_a_failed_trial_is_no_success_after_a_resume(plan):
-    proposals = Proposals(plan.plan, [Record(1, HIGH, FAILED, looks(0.9)), Record(2, LOW, STOPPED, looks(0.1))], [])
+    proposals = Proposals(
+        plan.plan, [Record(1, HIGH, FAILED, looks(0.9)), Record(2, LOW, STOPPED, looks(0.1))], [], Keeper(plan.plan)
+    )
     assert [done.params for done in proposals._ot_study.trials] == [LOW]
 
 
@@ -325,3 +332,20 @@ def test_table_and_figure_show_every_trial(plan, records):
     assert len(report.figure(running).axes[0].texts) == 7
     assert len(bars.patches) == 2
     assert volume.get_ylim()[0] == 0
+
+
+def test_a_trial_that_found_no_room_is_left_for_the_next_driver(plan, capsys):
+    keeper = Keeper(plan.plan)
+    proposals = Proposals(plan.plan, [], [], keeper)
+    first = SimpleNamespace(trial_id="a", config=proposals.suggest("a"), last_result={})
+    keeper.on_trial_start(1, [], first)
+    failure = plan.plan.folder / "trials" / "000-failure.json"
+    write_json({"message": "stage rebo waited 30 minutes for room", "no_room": True}, failure)
+    keeper.on_trial_error(1, [], first)
+    [record] = recorded(plan.plan.folder)
+    assert (record.state, record.message) == (RUNNING, "stage rebo waited 30 minutes for room")
+    assert proposals.suggest("b") == proposals.FINISHED
+    assert "waits for another time" in capsys.readouterr().out
+    Keeper(plan.plan, [record]).on_trial_start(1, [], first)
+    assert recorded(plan.plan.folder)[0].message == ""
+    assert not failure.exists()

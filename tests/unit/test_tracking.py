@@ -13,6 +13,7 @@ import pytest
 
 from cluster import tracking_store
 from cluster.errors import JobFailure, UserError
+from cluster.processes import birth
 from cluster.tracking import Tracker, commit, default_uri, flattened, git_commit, masked, submission_id
 
 CONFIG = {
@@ -253,8 +254,10 @@ def test_default_uri_takes_the_server_only_while_it_answers(tmp_path):
     server = http.server.HTTPServer(("127.0.0.1", 0), Health)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     uri = f"http://127.0.0.1:{server.server_port}"
-    (tmp_path / "cluster.json").write_text(json.dumps({"mlflow": {"uri": uri, "pid": 1}}))
-    assert default_uri(tmp_path) == uri
+    mine = birth(os.getpid())
+    for born, found in (("another boot:1", direct), (mine, uri)):
+        (tmp_path / "cluster.json").write_text(json.dumps({"mlflow": {"uri": uri, "pid": os.getpid(), "born": born}}))
+        assert default_uri(tmp_path) == found
     server.shutdown()
     server.server_close()
     assert default_uri(tmp_path) == direct

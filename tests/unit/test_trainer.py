@@ -276,3 +276,14 @@ def test_frozen_models_are_sharded_by_block(tiny_model, tiny_tokenizer, tmp_path
     root = Path(__file__).resolve().parents[2]
     ended = subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+def test_a_damaged_record_of_ray_train_is_known(tmp_path):
+    snapshot = tmp_path / training.SNAPSHOT
+    assert training._sound(snapshot)
+    for content in ("", "[]", '{"checkpoint_results": [{"checkpoint_dir_name": "absent"}]}'):
+        snapshot.write_text(content)
+        assert not training._sound(snapshot)
+    (tmp_path / "checkpoint_1").mkdir()
+    snapshot.write_text('{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]}')
+    assert training._sound(snapshot)

@@ -1,0 +1,43 @@
+"""A run's phases: what is timed, what a broken-off attempt leaves, and that a folder that is no run stays untouched."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cluster.report import read_json
+from cluster.runs import STATE, Run
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = Run()
+    made.folder, made.state = tmp_path / "run", {"identity": "mine"}
+    return made
+
+
+def spend(run: Run, seconds: float, fails: bool = False) -> None:
+    with run.phase("training"):
+        time.sleep(seconds)
+        if fails:
+            raise RuntimeError("killed")
+
+
+def test_what_was_broken_off_counts_once(run):
+    run.save()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            spend(run, 0.1, fails=True)
+    assert "seconds" not in read_json(run.folder / STATE)
+    spend(run, 0.1)
+    assert 0.3 <= run.state["seconds"]["training"] < 1
+    assert run.state["broken_off"] == {}
+    spend(run, 0.0)  # done again, as another judge's scoring
+    assert run.state["seconds"]["training"] < 0.1
+
+
+def test_a_mistake_in_the_first_phase_leaves_no_folder(run):
+    with pytest.raises(RuntimeError):
+        spend(run, 0.0, fails=True)
+    assert not run.folder.exists()
