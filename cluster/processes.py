@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 
 LISTENER_DEADLINE_S = 10.0
-# A Unix socket's path holds 107 characters; Ray puts up to 64 of its own behind the temporary folder.
-MAX_TEMP_PATH = 43
+# A Unix socket's path holds 107 characters; Ray puts up to 68 of its own behind the temporary folder.
+MAX_TEMP_PATH = 39
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -82,7 +82,7 @@ def ray_folder() -> Path | None:
     Ray opens its folder to everyone, and its workers run the code that lies there, so it stands below one that is its
     owner's alone. A folder of one's own also keeps the address by which others find their Ray.
     """
-    root = Path(tempfile.gettempdir())
+    root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     if len(str(root)) + len("/rayward-") + 8 + len("/r") > MAX_TEMP_PATH:
         return None
     folder = Path(tempfile.mkdtemp(prefix="rayward-", dir=root)) / "r"
@@ -93,10 +93,11 @@ def ray_folder() -> Path | None:
 def forget_ray_folder(folder: Path, logs: Path | None = None) -> None:
     """Removes what `ray_folder` gave; the logs of the last session are kept at `logs`, in place of earlier ones."""
     found = (folder / "session_latest").resolve() / "logs"
-    if logs is not None and found.is_dir():
-        shutil.rmtree(logs, ignore_errors=True)
-        logs.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(found, logs)
+    with contextlib.suppress(OSError):  # a full disk, or two at once: the failure that the logs are of matters more
+        if logs is not None and found.is_dir():
+            shutil.rmtree(logs, ignore_errors=True)
+            logs.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(found, logs)
     of_its_own = folder.name == "r" and folder.parent.name.startswith("rayward-")
     shutil.rmtree(folder.parent if of_its_own else folder, ignore_errors=True)
 

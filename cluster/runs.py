@@ -35,22 +35,29 @@ class Run:
         write_json(self.state, self.folder / STATE)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times a phase that was not done yet, with what attempts had spent on it that were broken off."""
-        start, broken_off = time.perf_counter(), self.state.get("broken_off", {})
+    def phase(self, name: str, goes_on: bool = False) -> Iterator[None]:
+        """Times a phase, with what attempts had spent on it that were broken off.
+
+        One that `goes_on` takes up what it had done, so that its times add up; of another one that is done again the
+        last time counts.
+        """
+        start = time.perf_counter()
 
         def spent() -> float:
-            return round(broken_off.get(name, 0.0) + time.perf_counter() - start, 2)
+            before = self.state.get("broken_off", {}).get(name, 0.0)
+            return round(before + time.perf_counter() - start, 2)
 
         try:
             yield
         except BaseException:
             if (self.folder / STATE).exists():  # else it is no run yet, and its folder stays as it is
                 with suppress(OSError):  # a full disk is told by who met it first
-                    self.save(broken_off=broken_off | {name: spent()})
+                    self.save(broken_off=self.state.get("broken_off", {}) | {name: spent()})
             raise
-        others = {phase: seconds for phase, seconds in broken_off.items() if phase != name}
-        self.save(seconds=self.state.get("seconds", {}) | {name: spent()}, broken_off=others)
+        known = self.state.get("seconds", {})
+        total = spent() + (known.get(name, 0.0) if goes_on else 0.0)
+        others = {phase: seconds for phase, seconds in self.state.get("broken_off", {}).items() if phase != name}
+        self.save(seconds=known | {name: round(total, 2)}, broken_off=others)
 
 
 def claim(run: Run, fresh: bool) -> None:

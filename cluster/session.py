@@ -69,8 +69,6 @@ def connected(config: Config) -> Iterator[None]:
 
     import joblib
     import ray
-    from ray._private.services import canonicalize_bootstrap_address_or_die  # 2.60 has no public call for it
-    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         _require_room(config)
@@ -92,36 +90,46 @@ def connected(config: Config) -> Iterator[None]:
         elif not address.startswith("ray://"):
             environment["RAY_ADDRESS"] = address
         try:
-            if environment.get("RAY_ADDRESS") == "auto":
-                environment["RAY_ADDRESS"] = canonicalize_bootstrap_address_or_die("auto")
-            ray.init(address=address or "local", **options)
-        except AuthenticationError as error:
-            raise UserError(
-                f"the Ray cluster at {address} wants its token: {str(error).splitlines()[0]}; set RAY_AUTH_TOKEN or "
-                "RAY_AUTH_TOKEN_PATH, as `make up` says"
-            ) from None
-        except (ConnectionError, ValueError) as error:
-            if address is None:
-                raise JobFailure(f"no Ray could be started on this machine: {str(error).splitlines()[0]}") from None
-            raise UserError(
-                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`"
-            ) from None
-        except RuntimeError as error:
-            if address is None:
-                raise
-            raise UserError(
-                f"this process cannot join the Ray cluster at {address}: {' '.join(str(error).split())}; run it on a "
-                "node of the cluster with its Ray and Python, or hand it over by `ray job submit`"
-            ) from None
-        finally:
-            if given is None:
-                os.environ.pop(CONTROL_PORT, None)
-        processes.leave_on_sigterm()
-        try:
+            try:
+                _join(address, options, environment)
+            finally:
+                if given is None:
+                    os.environ.pop(CONTROL_PORT, None)
+            processes.leave_on_sigterm()
             _require_room(config)
             yield
         finally:
             ray.shutdown()
+
+
+def _join(address: str | None, options: dict, environment: dict[str, str]) -> None:
+    """Starts or joins Ray; `environment` is that of its workers, and gets the address in full."""
+    import ray
+    from ray._private.services import canonicalize_bootstrap_address_or_die  # 2.60 has no public call for it
+    from ray.exceptions import AuthenticationError
+
+    try:
+        if environment.get("RAY_ADDRESS") == "auto":
+            environment["RAY_ADDRESS"] = canonicalize_bootstrap_address_or_die("auto")
+        ray.init(address=address or "local", **options)
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at {address} wants its token: {str(error).splitlines()[0]}; set RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH, as `make up` says"
+        ) from None
+    except (ConnectionError, ValueError) as error:
+        if address is None:
+            raise JobFailure(f"no Ray could be started on this machine: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `make up`"
+        ) from None
+    except RuntimeError as error:
+        if address is None:
+            raise
+        raise UserError(
+            f"this process cannot join the Ray cluster at {address}: {' '.join(str(error).split())}; run it on a node "
+            "of the cluster with its Ray and Python, or hand it over by `ray job submit`"
+        ) from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import yaml
 
 from cluster import cli
 from cluster.config import leaves, load, overlaid
-from cluster.errors import JobFailure, UserError
+from cluster.errors import JobFailure, NoRoom, UserError
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import DEMO_NAME
 from tune.config import Tune
@@ -84,6 +84,7 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
 
     Raises:
         UserError: an unusable space or configuration, before anything starts.
+        NoRoom: a trial waited for the cluster in vain; the report is of the others.
         JobFailure: no trial was looked at.
     """
     from cluster.errors import paths_named
@@ -110,12 +111,18 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
     with job.exclusively(own.folder):
         try:
             content = _searched(config, base, space, own, shapes)
+            _show(content)
+            left = [record.number for record in recorded(own.folder) if record.state == RUNNING]
+            if left:
+                raise NoRoom(
+                    f"trial {left[0]} found no room, and no further one was begun; see with `ray status` who holds the "
+                    f"cluster, and go on with --resume {own.folder}"
+                )
         finally:
             # the process of a trial that was ended may have said otherwise with its last breath
             for record in recorded(own.folder):
                 if record.state in (RUNNING, STOPPED):
                     trial.stopped(trial_folder(own.folder, record.number), failed=False)
-    _show(content)
     return own.folder / "report.json"
 
 

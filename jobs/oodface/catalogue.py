@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
-VERSION = 2  # of what `look` finds: another number looks into everything again
+VERSION = 3  # of what `look` finds: another number looks into everything again
 SUMMARY = "_summary.json"
 CHUNK = 256  # images a Spark task, about half a second of work
 SHARD = 50_000  # rows of a catalogue's file
@@ -123,7 +123,7 @@ def require_few_pairs(near: int, images: int) -> None:
 
 def look(row: Mapping, data: bytes | UserError) -> dict:
     """A row of the catalogue, duplicates apart, for a listed image and its bytes or what stands in their place."""
-    found = {name: row[name] for name in ("image_id", "identity", "path", "row")}
+    found = {name: row[name] for name in ("image_id", "identity", "path", "row", "place")}
     found |= dict.fromkeys(("bytes", "width", "height", "mode", "changes", "sha256", "phash"))
     try:
         if isinstance(data, UserError):
@@ -265,8 +265,8 @@ def _list(found: Iterable[sources.Located], folder: Path) -> tuple[Path, int, st
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     seen, count = hashlib.sha256(), 0
-    rows = iter(found)
-    while chunk := [dict(vars(row)) for row in itertools.islice(rows, CHUNK)]:
+    rows = enumerate(found)
+    while chunk := [vars(row) | {"place": place} for place, row in itertools.islice(rows, CHUNK)]:
         for row in chunk:
             seen.update(json.dumps(list(row.values())).encode())
         datasets.write_shard(folder, count, pa.Table.from_pylist(chunk, _listed_columns()))
@@ -345,7 +345,7 @@ def _listed_columns() -> pa.Schema:
     import pyarrow as pa
 
     text, number = pa.string(), pa.int64()
-    columns = {"image_id": text, "identity": text, "path": text, "row": number}
+    columns = {"image_id": text, "identity": text, "path": text, "row": number, "place": number}
     return pa.schema(columns | {"size": number, "modified": number, "problem": text})
 
 
@@ -353,6 +353,6 @@ def _looked_columns() -> pa.Schema:
     import pyarrow as pa
 
     text, number = pa.string(), pa.int64()
-    columns = {"image_id": text, "identity": text, "path": text, "row": number, "bytes": number}
+    columns = {"image_id": text, "identity": text, "path": text, "row": number, "place": number, "bytes": number}
     columns |= {"width": number, "height": number, "mode": text, "changes": text, "sha256": text, "phash": number}
     return pa.schema(columns | {"readable": pa.bool_(), "problem": text})

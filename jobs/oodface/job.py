@@ -129,7 +129,7 @@ def _catalogue(run: Run) -> catalogue.Catalogue:
         / "oodface"
         / f"catalogue-{digest([dials.layout, dials.images, dials.near_duplicates])}"
     )
-    with run.phase("catalogue"), runs.exclusively(folder, wait_s=3600):
+    with run.phase("catalogue", goes_on=True), runs.exclusively(folder, wait_s=3600):
         print(f"catalogue of {dials.images}: {folder}", flush=True)
         cores = min(joblib.cpu_count(), run.config.workers.number * run.config.workers.cpus)
         master = run.config.cluster.spark_master
@@ -175,7 +175,7 @@ def _compared(run: Run, found: catalogue.Catalogue) -> tuple[pa.Table, protocols
 
 
 def _usable(found: catalogue.Catalogue) -> pa.Table:
-    columns = ["image_id", "identity", "path", "row", "readable"]
+    columns = ["image_id", "identity", "path", "row", "place", "readable"]
     table = pa.concat_tables(pq.read_table(file, columns=columns) for file in found.manifest.files(found.folder))
     return table.filter(table["readable"])
 
@@ -224,7 +224,7 @@ def _made(
     missing = [task for task in todo if task.index not in done]
     print(f"{len(done)} of {len(todo)} shards are there already", flush=True)
     count, start = 0, time.monotonic()
-    with run.phase("shards"):
+    with run.phase("shards", goes_on=True):
         for number, record in enumerate(pipeline.run(missing, folder, maker, dials), len(done) + 1):
             count += record["rows"]
             print(f"shard {number}/{len(todo)}  {count / (time.monotonic() - start):.0f} images/s", flush=True)

@@ -43,10 +43,10 @@ class Task:
 
 
 def tasks(rows: pa.Table, faces_per_shard: int) -> list[Task]:
-    """The catalogue's rows in order of their image_id, or of their place in parquet files, cut into shards."""
+    """The catalogue's rows in order of their image_id, or of parquet files as they were listed, cut into shards."""
     # those of one parquet file together, for a group of its rows is read for each
-    names = ["image_id"] if rows["row"].null_count == rows.num_rows else ["path", "row"]
-    ordered = rows.sort_by([(name, "ascending") for name in names])
+    name = "image_id" if rows["row"].null_count == rows.num_rows else "place"
+    ordered = rows.sort_by(name)
     starts = range(0, ordered.num_rows, faces_per_shard)
     return [Task(index, ordered.slice(start, faces_per_shard)) for index, start in enumerate(starts)]
 

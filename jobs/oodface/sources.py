@@ -131,14 +131,11 @@ def parquet(root: Path, work: Path | None = None) -> Iterator[Located]:
     Raises:
         UserError: no parquet file, or no image column.
     """
-    paths = [root] if root.is_file() else sorted(path for path in root.rglob("*.parquet") if _is_table(path, root))
-    # all or none of them, for the order of paths is that of the images
-    copied = work is not None and any(Table(path).groups_are_large for path in paths)
-    for position, path in enumerate(paths):
+    for path in [root] if root.is_file() else sorted(path for path in root.rglob("*.parquet") if _is_table(path, root)):
         stem = without_suffix(path.name if path == root else path.relative_to(root).as_posix(), (".parquet",))
         found = path.stat()
         table, numbers = Table(path), itertools.count()
-        for part in in_small_groups(table, work, position) if copied else [path]:
+        for part in [path] if work is None else in_small_groups(table, work):
             for row, (own, person) in enumerate((table if part == path else Table(part)).labels()):
                 number = next(numbers)
                 image_id = f"{stem}/{number:06d}" if own is None else without_suffix(own)

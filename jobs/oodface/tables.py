@@ -54,16 +54,6 @@ class Table:
         self.group, self.first, self.images = -1, 0, []
         self.batches: Iterator[Any] = iter(())
 
-    @property
-    def largest_group(self) -> int:
-        """Rows of the largest group."""
-        return int(np.diff(self.starts).max(initial=0))
-
-    @property
-    def groups_are_large(self) -> bool:
-        """Whether much more is read for one image than it takes."""
-        return self.largest_group > LARGEST_GROUP
-
     def _image_column(self) -> str:
         from pyarrow import types
 
@@ -120,29 +110,30 @@ class Table:
         return UserError(f"holds no image in row {row}") if data is None else data
 
 
-def in_small_groups(table: Table, work: Path, position: int) -> list[Path]:
-    """Copies of a file's rows in their order, or the file where it is damaged.
+def in_small_groups(table: Table, work: Path) -> list[Path]:
+    """The file, or copies of its rows in their order, where a group of its rows is larger than `LARGEST_GROUP`.
 
     Args:
         work: the files are put below it; those of an earlier call are kept while the table's file does not change.
-        position: of the file among those of the data set, which is that of the copies by name.
 
     Raises:
         JobFailure: the disk is full.
     """
     import pyarrow as pa
 
+    largest = int(np.diff(table.starts).max(initial=0))
+    if largest <= LARGEST_GROUP:
+        return [table.path]
     found = table.path.stat()
     configuration = {"file": str(table.path), "size": found.st_size, "modified": found.st_mtime_ns}
     configuration |= {"rows_per_shard": ROWS_PER_SHARD, "rows_per_group": ROWS_PER_GROUP}
-    target = work / f"groups-{position:05d}-{digest(str(table.path))}"
+    target = work / f"groups-{digest(str(table.path))}"
     manifest = stored.read_manifest(target)
     known = manifest is not None and manifest.configuration == configuration
     if known and len(stored.finished(target, read=False)) == len(manifest.shards):
         return manifest.files(target)
     print(
-        f"{table.path} has groups of up to {table.largest_group} rows; its images are copied to {target} in small ones",
-        flush=True,
+        f"{table.path} has groups of up to {largest} rows; its images are copied to {target} in small ones", flush=True
     )
     stored.clear(target)
     stored.prepare(target, configuration)

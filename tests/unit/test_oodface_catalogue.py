@@ -20,7 +20,15 @@ from jobs.oodface.pixels import decode
 
 SHARED = Path(__file__).parents[3] / "shared/data/oodface"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data/oodface is absent")
-LISTED = {"image_id": "ann/1", "identity": "ann", "path": "ann/1.png", "row": None, "size": 9, "modified": 9}
+LISTED = {
+    "image_id": "ann/1",
+    "identity": "ann",
+    "path": "ann/1.png",
+    "row": None,
+    "place": 0,
+    "size": 9,
+    "modified": 9,
+}
 
 
 def scene(seed: int, height: int = 96, width: int = 80) -> np.ndarray:
@@ -88,6 +96,7 @@ def test_a_row_tells_what_an_image_is():
         "identity": "ann",
         "path": "ann/1.png",
         "row": None,
+        "place": 0,
         "bytes": len(data),
         "width": 80,
         "height": 96,

@@ -191,18 +191,6 @@ def test_parquet_in_one_large_group_is_copied_in_small_ones(tmp_path, monkeypatc
     assert len(list(work.iterdir())) == 1
 
 
-def test_copies_stand_in_the_order_of_their_files_wherever_these_lie(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "LARGEST_GROUP", 4)
-    for place in ("here", "there"):
-        (tmp_path / place).mkdir()
-        for name in "dacb":
-            size = 5 if name == "c" else 2  # one large group has all files copied
-            faces().select(range(size)).to_parquet(tmp_path / place / f"{name}.parquet")
-        rows = list(sources.find("parquet", str(tmp_path / place), tmp_path / f"work-{place}"))
-        ordered = sorted(rows, key=lambda row: (row.path, row.row))
-        assert [row.image_id for row in ordered] == [row.image_id for row in rows]
-
-
 def test_rows_of_a_group_are_read_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROWS_AT_ONCE", 2)
     faces().to_parquet(tmp_path / "f.parquet")

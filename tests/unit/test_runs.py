@@ -37,6 +37,14 @@ def test_what_was_broken_off_counts_once(run):
     assert run.state["seconds"]["training"] < 0.1
 
 
+def test_a_phase_that_goes_on_adds_up(run):
+    run.save()
+    for _ in range(3):
+        with run.phase("shards", goes_on=True):
+            time.sleep(0.1)
+    assert 0.3 <= run.state["seconds"]["shards"] < 1
+
+
 def test_a_mistake_in_the_first_phase_leaves_no_folder(run):
     with pytest.raises(RuntimeError):
         spend(run, 0.0, fails=True)
