@@ -13,7 +13,6 @@ import os
 import secrets
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -222,8 +221,8 @@ def _bearer(token: Token) -> dict[str, str]:
 def _temp_folder() -> Path:
     folder = processes.ray_folder()
     if folder is None:
-        root = tempfile.gettempdir()
-        raise UserError(f"The temporary folder {root} is too long for Ray's sockets; set TMPDIR to a shorter path.")
+        root = processes.ray_root()
+        raise UserError(f"The temporary folder {root} is too long for Ray's sockets; set RAY_TMPDIR to a shorter path.")
     return folder
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.config import Generation, Lora, Train
+from cluster.errors import UserError
 from cluster.model_shape import ModelShape
 
 GIB = 2**30
@@ -323,7 +324,10 @@ def _engine(shape: ModelShape, train: Train, generation: Generation, node: Node,
     if node.gpus and train.gpus_per_worker:
         return round(generation.gpu_memory_utilization * min(node.gpus))
     if not train.gpus_per_worker:  # vLLM's CPU build computes in float32, and takes its cache whole
-        return shape.parameters * FLOAT32 + int(os.environ.get(VLLM_CACHE, "1")) * GIB
+        size = os.environ.get(VLLM_CACHE, "1")
+        if not size.isdecimal():
+            raise UserError(f"{VLLM_CACHE} = '{size}' is no whole number of GiB; set it to one, or unset it")
+        return shape.parameters * FLOAT32 + int(size) * GIB
     element = 2 if train.precision == "bfloat16" else FLOAT32
     cache = min(rollouts.sequences, generation.max_batch_sequences) * rollouts.tokens * _kv(shape, element)
     return shape.parameters * element + cache

@@ -76,13 +76,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def ray_root() -> Path:
+    """Where Rays have their temporary folders."""
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+
+
 def ray_folder() -> Path | None:
     """A new temporary folder for one Ray; None where its path would be too long for Ray's sockets.
 
     Ray opens its folder to everyone, and its workers run the code that lies there, so it stands below one that is its
     owner's alone. A folder of one's own also keeps the address by which others find their Ray.
     """
-    root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    root = ray_root()
     if len(str(root)) + len("/rayward-") + 8 + len("/r") > MAX_TEMP_PATH:
         return None
     folder = Path(tempfile.mkdtemp(prefix="rayward-", dir=root)) / "r"

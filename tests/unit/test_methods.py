@@ -162,6 +162,10 @@ def test_means_over_tokens_are_over_those_of_all_workers(model, tokenizer, tmp_p
     alone = TrainingStep(trainer_of("GA+KLR", model, tmp_path), model, rows)
     assert alone.scored("forget").share == 1
     assert ga_loss(step.scored("forget")).item() == pytest.approx(ga_loss(alone.scored("forget")).item() / 2)
+    trainers = trainer_of("RMU", model, tmp_path), trainer_of("RMU", model, tmp_path)
+    trainers[0].accelerator.reduce = lambda tokens, reduction: 2 * tokens
+    shared, whole = (methods.find("RMU").objective(TrainingStep(trainer, model, rows)) for trainer in trainers)
+    assert shared.item() == pytest.approx(whole.item() / 2)
 
 
 def test_an_unchanged_model_diverges_from_nothing(model, tokenizer, tmp_path):

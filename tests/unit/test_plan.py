@@ -142,28 +142,30 @@ def test_a_vllm_engine_is_counted_on_the_gpu_or_beside_the_workers():
 
 def test_a_share_that_cannot_hold_the_weights_of_vllm_is_refused_with_one_that_can():
     adapters = GPU.model_copy(update={"lora": Lora(rank=16, alpha=32), "strategy": "ddp", "num_workers": 1})
-    small = Node(512 * GIB, (40 * GIB,), 4000 * GIB)
-    plan = memory_plan(
-        LLAMA_3_8B,
-        adapters,
-        Generation(gpu_memory_utilization=0.3),
-        replace(small, gpus=(80 * GIB,)),
-        largest=Pass(64, 32),
-        rollouts=Rollouts(8, 1100),
-        colocated_engine=True,
+    enough, tight = (
+        memory_plan(
+            LLAMA_3_8B,
+            adapters,
+            Generation(gpu_memory_utilization=share),
+            Node(512 * GIB, (80 * GIB,), 4000 * GIB),
+            largest=Pass(64, 32),
+            rollouts=Rollouts(8, 1100),
+            colocated_engine=True,
+        )
+        for share in (0.3, 0.2)
     )
-    assert plan.fits
-    tight = memory_plan(
-        LLAMA_3_8B,
-        adapters,
-        Generation(gpu_memory_utilization=0.2),
-        replace(small, gpus=(80 * GIB,)),
-        largest=Pass(64, 32),
-        rollouts=Rollouts(8, 1100),
-        colocated_engine=True,
-    )
+    assert enough.fits
     assert "16.00 GiB of a GPU for vLLM" in tight.refusal
     assert tight.refusal.endswith("set generation.gpu_memory_utilization=0.25")
+
+
+def test_a_cache_of_vllm_that_is_no_number_is_told(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4GB")
+    rollouts = Rollouts(8, 9)
+    with pytest.raises(UserError, match="VLLM_CPU_KVCACHE_SPACE = '4GB' is no whole number"):
+        memory_plan(
+            LLAMA_3_8B, Train(), Generation(), LARGE, largest=Pass(64, 32), rollouts=rollouts, colocated_engine=True
+        )
 
 
 def test_only_the_matrices_that_are_trained_have_gradients_and_states():

@@ -89,15 +89,18 @@ def test_answers_need_a_label_each_and_a_true_one():
         Answers(choices=["a", "b"], labels=[1])
 
 
-def test_mmlu_takes_the_likeliest_letter(tiny_model, tiny_tokenizer):
+@pytest.mark.parametrize(
+    ("chat", "begin", "turn"), [(False, "", "\n"), (True, "<user>", "<me>")], ids=["plain", "in a chat"]
+)
+def test_mmlu_takes_the_likeliest_letter(tiny_model, chatting, chat, begin, turn):
     prompt = (
-        "The following are multiple choice questions (with answers) about high school maths.\n\n"
-        "Q1\nA. a\nB. b\nC. c\nD. d\nAnswer: B\n\nQ?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
+        f"{begin}The following are multiple choice questions (with answers) about high school maths.\n\n"
+        f"Q1\nA. a\nB. b\nC. c\nD. d\nAnswer: B\n\nQ?\nA. w\nB. x\nC. y\nD. z{turn}Answer:"
     )
-    totals = [total_logprob(tiny_model, tiny_tokenizer, prompt + " ", letter) for letter in "ABCD"]
+    totals = [total_logprob(tiny_model, chatting, prompt + " ", letter) for letter in "ABCD"]
     best = totals.index(max(totals))
     rows = [mmlu_row(best), mmlu_row((best + 1) % 4), mmlu_row(best)]
-    report = utility.score_mmlu(tiny_model, tiny_tokenizer, rows, max_batch_tokens=500, seed=3, chat=False)
+    report = utility.score_mmlu(tiny_model, chatting, rows, max_batch_tokens=500, seed=3, chat=chat)
     assert report["mmlu/accuracy"].value == pytest.approx(100 * 2 / 3)
     assert report["mmlu/accuracy"].n == 3
     assert report["mmlu/truncated"].value == 0
@@ -248,17 +251,6 @@ def test_questions_stand_in_the_users_turn_and_the_opening_in_the_models(chattin
     utility.score_trivia(generator, chatting, [TriviaRow(question="Who?", answers=["x"])], context=2000, seed=0)
     assert generator.prompts[0].startswith("<user>Question: On which")
     assert generator.prompts[0].endswith("Question: Who?<me>Answer:")
-
-
-def test_mmlu_in_a_chat_takes_the_likeliest_letter(tiny_model, chatting):
-    prompt = (
-        "<user>The following are multiple choice questions (with answers) about high school maths.\n\n"
-        "Q1\nA. a\nB. b\nC. c\nD. d\nAnswer: B\n\nQ?\nA. w\nB. x\nC. y\nD. z<me>Answer:"
-    )
-    totals = [total_logprob(tiny_model, chatting, prompt + " ", letter) for letter in "ABCD"]
-    best = totals.index(max(totals))
-    rows = [mmlu_row(best), mmlu_row((best + 1) % 4)]
-    assert utility.score_mmlu(tiny_model, chatting, rows, max_batch_tokens=500, seed=3)["mmlu/accuracy"].value == 50
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data/rule is absent")
