@@ -124,10 +124,20 @@ def rank() -> int:
 
 
 def peak_memory_gib() -> float:
-    """Highest resident memory of this process so far, in GiB."""
+    """Highest resident memory of this process so far, in GiB, less the pages of shared memory that it has now.
+
+    Those are of Ray's object store: every process shows the ones that it ever read, the node holds them once.
+    """
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak - _shared_kib()) / 2**20
+
+
+def _shared_kib() -> int:
+    status = Path("/proc/self/status")  # of Linux; elsewhere the peak is told whole
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("RssShmem:")), 0)
 
 
 def peaks(folder: Path, of: Literal["gib", "gpu_gib"] = "gib") -> dict[str, float]:

@@ -5,8 +5,8 @@ catalogue alone, and a finished one is left out after a restart.
 """
 
 import logging
-import resource
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,28 +77,31 @@ def run(
     spare = dials.cpus_per_worker - 1
     reading, working = (0.3, 0.7) if not spare else (1, 1 if dials.gpus_per_worker else spare)
     whole = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-    stream = (
-        ray.data.from_arrow([_block(task) for task in todo])
-        .map_batches(
-            _decoded,
-            num_cpus=reading,
-            # else every processor of the cluster decodes, each with the pixels of a shard in its memory
-            compute=ray.data.TaskPoolStrategy(size=AHEAD * workers),
-            fn_kwargs={"longest": dials.longest_side},
-            max_retries=RESTARTS,
-            **whole,
+    with warnings.catch_warnings():
+        # only so can Ray be told how often to try again; its named parameters have no such one
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        stream = (
+            ray.data.from_arrow([_block(task) for task in todo])
+            .map_batches(
+                _decoded,
+                num_cpus=reading,
+                # else every processor of the cluster decodes, each with the pixels of a shard in its memory
+                compute=ray.data.TaskPoolStrategy(size=AHEAD * workers),
+                fn_kwargs={"longest": dials.longest_side},
+                max_retries=RESTARTS,
+                **whole,
+            )
+            .map_batches(
+                _Worker,
+                fn_constructor_args=(maker, folder),
+                num_cpus=working,
+                num_gpus=dials.gpus_per_worker or None,
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
+                **whole,
+            )
         )
-        .map_batches(
-            _Worker,
-            fn_constructor_args=(maker, folder),
-            num_cpus=working,
-            num_gpus=dials.gpus_per_worker or None,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-            **whole,
-        )
-    )
     try:
         for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from batch.to_pylist()
@@ -176,6 +179,7 @@ class _Worker:
         self.make, self.folder = maker(), folder
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        from cluster.recorder import peak_memory_gib
         from jobs.oodface.meter import gpu_use
         from jobs.oodface.work import Shard
 
@@ -201,7 +205,7 @@ class _Worker:
                 "processor_seconds": time.process_time() - processor + row["decode_processor_seconds"],
                 "decode_seconds": row["decode_seconds"],
                 "seconds": dict(self.make.clock.seconds),
-                "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                "peak_memory_gib": peak_memory_gib(),
             } | gpu
             shard = datasets.write_shard(self.folder, row["index"], table, note, self.make.rows_per_group)
             records.append({"index": row["index"], "rows": shard.rows})

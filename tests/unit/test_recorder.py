@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import resource
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import TrainerControl
 
 from cluster import training
 from cluster.errors import Diverged, JobFailure, UserError
-from cluster.recorder import HISTORY, SAMPLES, Recorder
+from cluster.recorder import HISTORY, SAMPLES, Recorder, peak_memory_gib
 from cluster.report import read_lines
 
 
@@ -61,6 +64,19 @@ def test_a_full_disk_is_told_in_words(tmp_path, monkeypatch):
         raise RuntimeError("unexpected pos 64 vs 0")
     with pytest.raises(JobFailure, match="another"), recorder.scratch():
         raise JobFailure("another")
+
+
+def test_shared_memory_is_not_a_process_own():
+    before = peak_memory_gib()
+    shared = SharedMemory(create=True, size=2**28)
+    try:
+        np.ndarray(2**28, np.uint8, shared.buf).fill(1)
+        whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        assert peak_memory_gib() == pytest.approx(whole - 0.25, abs=0.03)
+        assert peak_memory_gib() < before + 0.1
+    finally:
+        shared.close()
+        shared.unlink()
 
 
 def test_what_comes_again_ends_a_restarted_group_at_once(tmp_path):
