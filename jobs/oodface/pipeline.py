@@ -81,7 +81,7 @@ def run(
         # only so can Ray be told how often to try again; its named parameters have no such one
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         stream = (
-            ray.data.from_arrow([_block(task) for task in todo])
+            ray.data.from_blocks([_block(task) for task in todo])  # from_arrow starts a task for each
             .map_batches(
                 _decoded,
                 num_cpus=reading,
