@@ -63,7 +63,7 @@ class Oodface(Section):
     batch_size: int = Field(default=128, ge=1, le=1_000_000)
     num_workers: int = Field(default=1, ge=1, le=100_000)
     cpus_per_worker: int = Field(default=1, ge=1, le=10_000)
-    gpus_per_worker: float = Field(default=0, ge=0, le=10_000)
+    gpus_per_worker: float = Field(default=0, ge=0, le=1)
     corrupt: Corrupt = Corrupt()
     evaluate: Evaluate = Evaluate()
     ask: Ask = Ask()

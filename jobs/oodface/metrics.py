@@ -167,6 +167,7 @@ def _metrics(
 ) -> list[Metric]:
     """Metrics; where a sample does not vary, as when all are right, the interval is as wide as Wilson's for n right."""
     margin = 1 - share_interval([True] * n, seed).ci95[0]
+    values = values.clip(least, 1)  # a weighted mean of ones may be 1 + 2e-16
     flat = high - low < 1e-12
     low = np.where(flat, values - margin, low).clip(least, 1)
     high = np.where(flat, values + margin, high).clip(least, 1)

@@ -167,8 +167,9 @@ def curves(content: Mapping[str, Any]) -> Figure | None:
             clean = metrics[f"{rule}/acc/clean"]
             shown = [clean, *found]
             values = [one["value"] for one in shown]
-            lows = [value - one["ci95"][0] for value, one in zip(values, shown, strict=True)]
-            highs = [one["ci95"][1] - value for value, one in zip(values, shown, strict=True)]
+            # an end may lie on the wrong side of the value by a last digit, which matplotlib refuses
+            lows = [max(0.0, value - one["ci95"][0]) for value, one in zip(values, shown, strict=True)]
+            highs = [max(0.0, one["ci95"][1] - value) for value, one in zip(values, shown, strict=True)]
             axes.errorbar([0, *severities], values, yerr=(lows, highs), label=model, marker="o", capsize=2)
         axes.set(title=titles[kind], xlabel="severity", ylabel=label)
         axes.set_xticks([0, *severities], ["clean", *map(str, severities)])

@@ -27,6 +27,7 @@ class Scenario(ABC):
         levels: the constants of severities 1 to 5: those of ImageNet-C, unscaled, where it has the scenario.
         at_once: values that a CPU computes at a time; they stay in its cache. 1 takes one image after another, where
             a product or a transform may sum in another order in another batch: a sample's bits must not depend on it.
+        on_gpu: values that a GPU computes at a time; None for a whole batch.
     """
 
     name: ClassVar[str]
@@ -34,6 +35,7 @@ class Scenario(ABC):
     category: ClassVar[str]
     levels: ClassVar[tuple[Any, ...]]
     at_once: ClassVar[int] = 1 << 18
+    on_gpu: ClassVar[int | None] = None
 
     def draw(self, random: Random, severity: int, height: int, width: int) -> Draws:
         """The random parameters of a batch; none by default."""

@@ -211,7 +211,8 @@ def _finished(changed: Images, truncate: bool, out: Images | None) -> Images:
 
 def _parts(members: list[int], images: Images, scenario: Scenario) -> Iterator[slice | list[int]]:
     """As slices where the members follow one another: a view costs nothing."""
-    size = len(members) if images.is_cuda else max(1, scenario.at_once // images[0].numel())
+    values = scenario.on_gpu if images.is_cuda else scenario.at_once
+    size = len(members) if values is None else max(1, values // images[0].numel())
     for start in range(0, len(members), size):
         part = members[start : start + size]
         yield slice(part[0], part[-1] + 1) if part[-1] - part[0] == len(part) - 1 else part

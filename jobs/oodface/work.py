@@ -42,7 +42,8 @@ class Plan:
     """What is done to every shard.
 
     conditions: scenario and severity, ("clean", 0) for the crop as it is.
-    threads: of torch. encoders: files that are encoded at a time.
+    threads: of torch. processors: of the worker beside the one that decodes: files that are encoded at a time, and
+        threads of an ONNX model that a GPU does not compute.
     """
 
     conditions: tuple[tuple[str, int], ...]
@@ -52,7 +53,7 @@ class Plan:
     batch_size: int
     device: str = "cpu"
     threads: int = 1
-    encoders: int = 1
+    processors: int = 1
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Writer:
     def __init__(self, plan: Plan, dials: Corrupt, folder: Path) -> None:
         self.faces, self.dials, self.folder = Faces(plan), dials, folder
         self.clock = self.faces.clock
-        self.pool = ThreadPoolExecutor(plan.encoders)
+        self.pool = ThreadPoolExecutor(plan.processors)
         self.encode = encoder(dials.format, dials.quality)
 
     def __call__(self, shard: Shard) -> pa.Table:
@@ -217,7 +218,8 @@ class Embedder:
 
     def __init__(self, plan: Plan, entries: Sequence[str | OnnxFace], defences: Sequence[str]) -> None:
         self.faces, self.defences = Faces(plan), (NONE, *defences)
-        self.models = [models.load(entry, plan.device) for entry in entries]
+        threads = plan.processors if self.faces.device.type == "cuda" else None  # torch's are one beside a GPU
+        self.models = [models.load(entry, plan.device, threads=threads) for entry in entries]
         self.clock = self.faces.clock
 
     def __call__(self, shard: Shard) -> pa.Table:

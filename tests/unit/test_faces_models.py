@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from cluster.errors import UserError
-from jobs.oodface.faces import models, sface
+from jobs.oodface.faces import models, onnx_model, sface
 from jobs.oodface.faces.align import DLIB_YUNET, TEMPLATES
 from jobs.oodface.faces.config import BUILT_IN, OnnxFace
 from jobs.oodface.faces.models import FaceModel, load
@@ -207,3 +208,34 @@ def test_pairs_of_lfw_are_told_apart(name, loaded):
         same = a @ b >= 0.363 if model.name == "sface" else (a - b).norm() <= 0.6
         right += bool(same) == (pair["same"] == "1")
     assert right >= 39
+
+
+def test_without_a_gpu_build_onnx_models_say_once_that_processors_compute_them(tmp_path, monkeypatch, caplog):
+    import onnxruntime
+
+    made, made_with = [], onnxruntime.InferenceSession
+
+    def session(path, options, providers):
+        made.append((options.intra_op_num_threads, providers))
+        return made_with(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    onnx_model._warn.cache_clear()
+    path = write_model(tmp_path / "a.onnx", ["batch", 3, 112, 112])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            load(own(path), "cuda", threads=7)
+    assert [one.getMessage() for one in caplog.records] == [
+        "ONNX models run on 7 threads of processors, not on the GPU: this build of onnxruntime has no "
+        "CUDAExecutionProvider; put the package onnxruntime-gpu in its place to use the GPU"
+    ]
+    assert made == [(7, ["CPUExecutionProvider"])] * 4
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    load(own(path), "cuda")
+    assert made[-1] == (
+        torch.get_num_threads(),
+        [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
+    )

@@ -63,3 +63,15 @@ def test_what_is_procedural_is_called_so(capsys, chosen, stand_ins, masks):
 def test_what_changes_the_face_is_procedural_and_falls_as_a_variation():
     assert (*GROUPS["variations"], "face_mask") == PROCEDURAL
     assert {*GROUPS["extensions"]} & {*PROCEDURAL} == {*OTHER_VARIATIONS}
+
+
+def test_a_model_without_an_error_has_curves():
+    """Of thirty accuracies of 1 the mean may come out as 1 + 2e-16, above the end of its interval."""
+    same = np.arange(40) < 20
+    clean = same.astype(float)
+    conditions = {(name, level): clean for name in selected(["corruptions", "variations"]) for level in range(1, 6)}
+    categories = {name: one.category for name, one in SCENARIOS.items()}
+    found = evaluate(Scored(same, np.arange(40) % 4, clean, conditions), list(conditions), categories, 0, 100)
+    assert all(one.value <= 1 and one.ci95[1] <= 1 for one in found.metrics.values())
+    metrics = {name: metric.to_json() for name, metric in found.metrics.items()}
+    assert len(report.curves({"metrics": {"m": metrics}}).axes) == 2

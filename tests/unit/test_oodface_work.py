@@ -191,7 +191,7 @@ def test_two_shards_a_worker_are_decoded_at_once(tmp_path, monkeypatch, workers,
         def iter_batches(self, **_):
             return iter([pa.table({"rows": [1]})])
 
-    monkeypatch.setattr(ray.data, "from_arrow", lambda blocks: Stream())
+    monkeypatch.setattr(ray.data, "from_blocks", lambda blocks: Stream())
     rows = pa.table({"image_id": ["a"], "identity": ["A"], "path": ["a"], "row": pa.nulls(1, pa.int64())})
     todo = [pipeline.Task(index, rows) for index in range(shards)]
     dials = load(OodfaceConfig, sets=[f"oodface.num_workers={workers}"], environ={}).oodface
@@ -355,3 +355,9 @@ def test_a_gpu_is_looked_at_while_a_shard_is_made(monkeypatch):
     assert found == {}
     notes = [{"gpu_busy": 0.5, "started": 0, "ended": 3}, {"gpu_busy": 0.9, "started": 0, "ended": 1}, {}]
     assert pipeline._gpu(notes, 6) == {"gpu_busy": 0.4}
+
+
+@pytest.mark.parametrize("gpus", [1.5, 2])
+def test_a_worker_has_one_gpu_at_most(gpus):
+    with pytest.raises(UserError, match=r"oodface\.gpus_per_worker.* 1"):
+        load(OodfaceConfig, sets=[f"oodface.gpus_per_worker={gpus}"], environ={})

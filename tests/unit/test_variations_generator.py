@@ -13,7 +13,7 @@ from torch import nn
 from cluster.errors import UserError
 from jobs.oodface import scenarios
 from jobs.oodface.randomness import keys
-from jobs.oodface.scenarios import distort
+from jobs.oodface.scenarios import _parts, distort
 from jobs.oodface.variations import VARIATIONS, AgeIncrease, Makeup
 from jobs.oodface.variations.base import ARCFACE, place_template
 from jobs.oodface.variations.generator import EDITS, Edit, Fitting, GeneratedVariation, StyleGan2Editor, ramp
@@ -261,3 +261,30 @@ def test_unknown_directions_layers_and_edits_are_refused():
         GeneratedVariation(one, Makeup)
     with pytest.raises(UserError, match="'age' has 2 strengths"):
         Edit("age", (1.0, 2.0))
+
+
+class Distance(nn.Module):
+    """A perceptual distance with weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(3))
+
+    def forward(self, made, target):
+        return ((made - target).square().mean((2, 3)) * self.weights).sum(1)
+
+
+def test_all_networks_move_to_where_the_images_are():
+    """The device meta computes nothing, and refuses tensors of another one as a GPU does."""
+    one = editor(Fitting(steps=2, samples=10, tuning_steps=0), Distance())
+    inverted = one.invert(torch.zeros(2, 3, SIDE, SIDE, device="meta"))
+    assert one.synthesise(one.edit(inverted, "age", 1.0)).is_meta
+    for module in (one.mapping, one.synthesis, one.perceptual):
+        assert all(value.is_meta for value in module.parameters())
+
+
+def test_a_generator_takes_one_image_after_another_on_a_gpu_too():
+    on_gpu = type("OnGpu", (), {"is_cuda": True, "__getitem__": lambda self, at: torch.zeros(3, 112, 112)})()
+    generated = GeneratedVariation(editor(), AgeIncrease)
+    assert list(_parts([0, 1, 2], on_gpu, generated)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert list(_parts([0, 1, 2], on_gpu, AgeIncrease())) == [slice(0, 3)]

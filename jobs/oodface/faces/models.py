@@ -69,18 +69,24 @@ class FaceModel:
         return torch.cat([F.normalize(self.network(part).float()) for part in crops.split(step)])
 
 
-def load(entry: str | OnnxFace, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> FaceModel:
+def load(
+    entry: str | OnnxFace,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
+) -> FaceModel:
     """The model that a configuration names.
 
     Args:
         entry: one of `config.BUILT_IN`, or a model of the user's own.
         device, dtype: see `FaceModel.to`.
+        threads: of an ONNX model where processors compute it; None for as many as torch has.
 
     Raises:
         UserError: no such name; the package or file with its weights is missing, damaged, or holds something else.
     """
     if isinstance(entry, OnnxFace):
-        return _own(entry).to(device, dtype)
+        return _own(entry, threads).to(device, dtype)
     if entry not in _READERS:
         nearest = difflib.get_close_matches(entry, _READERS, n=1, cutoff=0.0)[0]
         raise UserError(
@@ -99,9 +105,9 @@ _READERS: dict[str, tuple[Template, PackagedFile, Callable[[Path], Network]]] = 
 }
 
 
-def _own(face: OnnxFace) -> FaceModel:
+def _own(face: OnnxFace, threads: int | None) -> FaceModel:
     template = TEMPLATES[face.template]
-    network = OnnxNetwork(face, (template.height, template.width))
+    network = OnnxNetwork(face, (template.height, template.width), threads)
     digests = [sha256(network.path), *(f"{path.name} {sha256(path)}" for path in network.data)]
     version = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return FaceModel(face.name, template, version, network)

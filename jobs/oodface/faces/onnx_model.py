@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 _CUDA = "CUDAExecutionProvider"
+logger = logging.getLogger(__name__)
 
 
 class OnnxNetwork:
@@ -33,22 +36,23 @@ class OnnxNetwork:
     images_at_once: how many one pass takes; None for any number.
     """
 
-    def __init__(self, face: OnnxFace, crop_size: tuple[int, int]) -> None:
+    def __init__(self, face: OnnxFace, crop_size: tuple[int, int], threads: int | None = None) -> None:
         """Reads the file, and tries it on a black image.
 
         Args:
             face: what the user says about it.
             crop_size: height and width of crops, px; the network gets them so where neither `face` nor the file says
                 another size.
+            threads: of processors, where these compute; None for as many as torch has.
 
         Raises:
             UserError: no onnxruntime, no such file or one that it needs, no model that turns an image into an
                 embedding, or a size against the file's.
         """
-        self.face = face
+        self.face, self.threads = face, threads
         self.path = Path(face.path).expanduser()
         self.data = _data(self.path)
-        self.session = _session(self.path, "cpu")
+        self.session = _session(self.path, "cpu", threads)
         shape = self._input_shape()
         self.images_at_once = shape[0] if isinstance(shape[0], int) else None
         self.channels_last = shape[1] != 3
@@ -58,7 +62,7 @@ class OnnxNetwork:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> OnnxNetwork:
         """On a CUDA device onnxruntime computes there where its build can, else on the CPU; the file says the dtype."""
         if torch.device(device).type == "cuda":
-            self.session = _session(self.path, "cuda")
+            self.session = _session(self.path, "cuda", self.threads)
         return self
 
     def __call__(self, crops: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
@@ -144,7 +148,7 @@ def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
             yield from _tensors(inner)
 
 
-def _session(path: Path, device: str) -> InferenceSession:
+def _session(path: Path, device: str, threads: int | None) -> InferenceSession:
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -152,14 +156,28 @@ def _session(path: Path, device: str) -> InferenceSession:
     if not path.is_file():
         raise UserError(f"there is no file {path}; check the path of the ONNX model")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3  # else it warns of every initialiser that is listed as an input
-    usable = device == "cuda" and _CUDA in onnxruntime.get_available_providers()
-    providers = [*([_CUDA] if usable else []), "CPUExecutionProvider"]
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+    if device == "cuda" and _CUDA in onnxruntime.get_available_providers():
+        providers.insert(0, (_CUDA, {"use_tf32": "0"}))  # whose ten bits would move embeddings, as in torch
+    elif device == "cuda":
+        _warn(options.intra_op_num_threads)
     try:
         return onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # onnxruntime meets a foreign file with whatever comes up
         raise UserError(f"onnxruntime cannot load {path} ({_reason(error)}); export the model again") from None
+
+
+@lru_cache
+def _warn(threads: int) -> None:
+    """Once a process, not once a model."""
+    logger.warning(
+        "ONNX models run on %d threads of processors, not on the GPU: this build of onnxruntime has no %s; put the "
+        "package onnxruntime-gpu in its place to use the GPU",
+        threads,
+        _CUDA,
+    )
 
 
 def _reason(error: Exception) -> str:

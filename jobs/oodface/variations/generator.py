@@ -165,7 +165,13 @@ class StyleGan2Editor:
         return (mapped if mapped.ndim == 2 else mapped[:, 0]).mean(0, keepdim=True)
 
     def invert(self, images: Images) -> Inversion:
-        """The latents in W that come nearest to the images, and networks tuned to give them."""
+        """The latents in W that come nearest to the images, and networks tuned to give them.
+
+        All networks move to the images' device, and stay there.
+        """
+        for one in (self.mapping, self.synthesis, self.perceptual):
+            if isinstance(one, nn.Module):  # a perceptual distance may be any function
+                one.to(images.device)
         with torch.inference_mode(False), torch.enable_grad():
             target = images.detach().clone() * 2 - 1
             latents = self._nearest(target)
@@ -261,7 +267,7 @@ class GeneratedVariation(Variation):
         UserError: no edit is given, nor known for this variation.
     """
 
-    at_once = 1
+    at_once, on_gpu = 1, 1  # a generator's pictures are some hundred times as large as a crop
 
     def __init__(
         self,
