@@ -26,6 +26,11 @@ class Metric:
         """The form that stands in `report.json`."""
         return {"value": self.value, "ci95": list(self.ci95), "n": self.n, "seed": self.seed}
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Metric":
+        """What `to_json` gave."""
+        return cls(content["value"], tuple(content["ci95"]), content["n"], content["seed"])
+
 
 def write_json(content: object, path: Path) -> Path:
     """Writes `content` to `path` as `write_text` does."""

@@ -30,7 +30,9 @@ from jobs.rule import costs, job, methods, stages, tradeoff
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import data_folder
 from jobs.rule.evaluate import Examined, check_lengths, score
+from jobs.rule.gold import Gold, rankings
 from jobs.rule.in_context import in_form
+from jobs.rule.tofu import load_tofu
 
 PROGRESS = re.compile(r"step \d+/\d+|evaluation[ :]|error: ")
 WORKER = re.compile(r"^\x1b\[\d+m\([^)]*\)\x1b\[0m ")  # how Ray begins a line of a worker
@@ -163,7 +165,7 @@ def compare(
         job.claim(run, fresh)
     run.shared = run.folder / "shared"
     known = read_json(run.folder / "report.json")
-    if known is not None and not known["failures"]:
+    if known is not None and not known["failures"] and known["methods"] == [entry.name for entry in chosen]:
         print(f"this comparison is finished (--fresh starts it over): {run.folder}")
         show(known)
         return run.folder / "report.json"
@@ -191,12 +193,19 @@ def compare(
             for entry in finished
         ]
         if pinned is not None:
-            outcomes.append(_gold_outcome(run, pinned, original))
+            outcomes.append(_gold_outcome(run, pinned.source, original))
         content = job.provenance(run, tracker) | _content(own, failures)
         content |= tradeoff.summary(outcomes, config.rule.seed)
-        for order, one in enumerate(outcomes):
-            flat = {name: metric["value"] for name, metric in content["metrics"][one.name].items()}
-            tracker.metrics(flat, step=0, stage=f"{order:02d}-{one.name}".replace("@", "-"))
+        if pinned is not None:
+            best = {name: Path(content["runs"][name]) / "model" for name in content["best"].values()}
+            ranked = rankings(run, {"original": run.source.path} | best, pinned)
+            content["rankings"] = {
+                name: {key: metric.to_json() for key, metric in found.items()} for name, found in ranked.items()
+            }
+        for one in outcomes:
+            found = content["metrics"][one.name] | content.get("rankings", {}).get(one.name, {})
+            flat = {name: metric["value"] for name, metric in found.items()}
+            tracker.metrics(flat, step=0, stage=one.name.replace("@", "-"))
         plot = run.folder / "plots" / "tradeoff.png"
         plot.parent.mkdir(exist_ok=True)
         tradeoff.figure(content).savefig(plot, dpi=150)
@@ -228,22 +237,26 @@ def dry_run(config: RuleConfig, chosen: Sequence[Entry], gold: Path | None) -> N
 
 def _prepared(
     config: RuleConfig, chosen: Sequence[Entry], out: Path | None, command: str, gold: Path | None
-) -> tuple[job.Run, dict[Entry, job.Run], models.ModelSource | None]:
-    """The comparison, the run of each entry, and the gold model: checked, before anything is written."""
+) -> tuple[job.Run, dict[Entry, job.Run], Gold | None]:
+    """The comparison, the run of each entry, and the gold model: checked, before anything is written.
+
+    Which entries are compared is no part of the folder's name: one that is added later finds the others trained.
+    """
     pinned = None
-    # what the runs read is part of what is compared
     own = {entry: job.prepare(entry.applied(config), None, command) for entry in chosen}
     for prepared in own.values():
         stages.check(prepared)
-    identities = [[entry.name, prepared.state["identity"]] for entry, prepared in own.items()]
+    what = "compare"
     if gold is not None:
-        pinned = in_form(config.rule, models.resolve_directory(gold, "--gold"), data_folder(config.rule.data))
-        identities.append([tradeoff.GOLD, pinned.version])
-    run = job.prepare(config, out, command, what=f"compare-{digest(identities)[:6]}")
+        folder = data_folder(config.rule.data)
+        source = in_form(config.rule, models.resolve_directory(gold, "--gold"), folder)
+        pinned = Gold(source, folder and load_tofu(folder))
+        what += f"-{digest(pinned.identity())[:6]}"
+    run = job.prepare(config, out, command, what=what)
     for entry, prepared in own.items():
         prepared.folder = run.folder / "runs" / slug(entry)
     if pinned is not None:
-        check_lengths(pinned.path, job.chosen_probes(run), config.rule.evaluation)
+        check_lengths(pinned.source.path, job.chosen_probes(run), config.rule.evaluation)
     return run, own, pinned
 
 
@@ -285,7 +298,8 @@ def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
 def _run(entry: Entry, own: job.Run, shared: Path, address: str, processes: Processes) -> str | None:
     """Trains and evaluates one entry unless that is done; returns what it said where it failed."""
     folder = own.folder
-    if (folder / "report.json").exists():
+    state = read_json(folder / "state.json") or {}
+    if (folder / "report.json").exists() and state.get("identity") == own.state["identity"]:
         print(f"[{entry.name}] is finished", flush=True)
         return None
     file, log_path = beside(folder, ".yaml"), beside(folder, ".log")

@@ -65,16 +65,19 @@ def data_used(run: "Run") -> dict[str, float | None]:
 
     RULE reads its forget questions with their refusals, and boundary questions without answers; its first stage alone,
     and RT, the questions of that stage. A method on texts reads its whole forget corpus, and as many texts of the
-    retain corpus. Plain tokens, without a chat template.
+    retain corpus; less where a training ends within its first epoch. Plain tokens, without a chat template.
     Source: RULE, token accounting of the main table.
     """
-    tokenizer, data, name = load_tokenizer(run.source.path), run.data, run.config.rule.method
-    whole, dealt = {side: _corpus(data, side) for side in ("forget", "retain")}, 1.0
+    tokenizer, data, rule = load_tokenizer(run.source.path), run.data, run.config.rule
+    name, whole, dealt = rule.method, {side: _corpus(data, side) for side in ("forget", "retain")}, 1.0
+    epochs = rule.baseline.epochs
     if name == methods.PROMPT_ONLY:
         read = {"forget": [], "retain": []}
     elif name == methods.STEERING_ONLY:
+        epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)
         read = {"forget": [f"{row.prompt} {row.refusal}" for row in data.refusals], "retain": []}
     elif name == methods.RULE:
+        epochs = rule.rebo.steps * rule.rebo.prompts_per_step / len(data.items)
         read = {
             "forget": [f"{item.prompt} {item.reference}" for item in data.items if item.label == "reject"],
             "retain": [item.prompt for item in data.items if item.label == "normal"],
@@ -87,7 +90,7 @@ def data_used(run: "Run") -> dict[str, float | None]:
         }
         dealt = min(1.0, len(forget) / max(1, len(read["retain"])))
     shares = {
-        side: _tokens(tokenizer, read[side]) / _tokens(tokenizer, texts) if texts else None
+        side: min(1.0, epochs) * _tokens(tokenizer, read[side]) / _tokens(tokenizer, texts) if texts else None
         for side, texts in whole.items()
     }
     return shares | {"retain": shares["retain"] and dealt * shares["retain"]}

@@ -223,8 +223,5 @@ def packed(examined: Examined) -> dict:
 def unpacked(content: dict) -> Examined:
     """What `packed` gave."""
     answers = [Answer(**row | {"probe": Probe(**row["probe"])}) for row in content["answers"]]
-    benchmarks = {
-        name: Metric(metric["value"], tuple(metric["ci95"]), metric["n"], metric["seed"])
-        for name, metric in content["benchmarks"].items()
-    }
+    benchmarks = {name: Metric.from_json(metric) for name, metric in content["benchmarks"].items()}
     return Examined(**content | {"answers": answers, "benchmarks": benchmarks})

@@ -1,10 +1,12 @@
 """The trade-off of forgetting and keeping: dominated points, area under a front, paired differences."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from cluster.report import Metric
 from jobs.scoring.intervals import mean_interval
+
+LEAST_FACTS = 10  # intervals of a bootstrap over fewer groups are too narrow to decide anything
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,24 @@ def area(points: Sequence[Point], floor: float = 0.0) -> float:
     return total
 
 
-def paired_difference(one: Sequence[float], other: Sequence[float], seed: int) -> Metric:
-    """Mean of one - other over the same probes, with the interval of the bootstrap over probes.
+def paired_difference(
+    one: Sequence[float], other: Sequence[float], seed: int, facts: Sequence[Hashable] | None = None
+) -> Metric:
+    """Mean of one - other over the same probes, with the interval of the bootstrap over the facts that they ask.
+
+    `facts`: of each probe, as in `jobs.rule.probes.facts`; None takes every probe for a fact of its own.
 
     Raises: ValueError for sequences of different length, or empty ones.
     """
-    return mean_interval([a - b for a, b in zip(one, other, strict=True)], seed)
+    return mean_interval([a - b for a, b in zip(one, other, strict=True)], seed, groups=facts)
 
 
-def verdict(difference: Metric) -> str:
-    """ "better", "worse" or "undecided" of the first, where more is better; decided if the interval leaves out 0."""
+def verdict(difference: Metric, facts: int) -> str:
+    """ "better", "worse" or "undecided" of the first, where more is better.
+
+    Decided if the interval leaves out 0 and is of at least `LEAST_FACTS` facts.
+    """
     low, high = difference.ci95
+    if facts < LEAST_FACTS:
+        return "undecided"
     return "better" if low > 0 else "worse" if high < 0 else "undecided"

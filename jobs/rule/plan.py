@@ -165,13 +165,16 @@ def baseline_plan(config: RuleConfig, method: Method, corpora: Mapping[str, Sequ
     """The plan of another method: a step holds the passes of all its texts at once, for it has one backward pass.
 
     Raises:
-        UserError: a batch cannot be dealt equally to the workers, or RMU is to steer a block that the model has not.
+        UserError: a batch cannot be dealt equally to the workers, or RMU is to steer the last block, or one that the model has not.
     """
     train, shape = config.train, ModelShape.of(model)
     settings = settled(config.rule.baseline, method, shape.layers)
-    if settings.rmu_layer >= shape.layers:
-        last = f"{shape.layers - 1}"
-        raise UserError(f"rule.baseline.rmu_layer = {settings.rmu_layer}, but the last block of the model is {last}")
+    last = shape.layers - 1
+    if method.trains is not None and settings.rmu_layer >= last:
+        raise UserError(
+            f"rule.baseline.rmu_layer = {settings.rmu_layer}, but block {last} is the model's last, whose output comes "
+            "after the final norm alone; take an earlier one"
+        )
     tokenizer = load_tokenizer(model)
     sizes = [
         max(min(_size(tokenizer, sample), settings.max_tokens) for sample in samples) for samples in corpora.values()

@@ -114,6 +114,11 @@ def recalled(original: Sequence[Answer], threshold: float) -> list[bool]:
     ]
 
 
+def facts(probes: Sequence[Probe]) -> list[str]:
+    """What each probe asks for, told by its answer: forms of one question are known or forgotten together."""
+    return [" ".join(re.findall(r"\w+", probe.answer.lower())) or probe.query for probe in probes]
+
+
 def statements(answer: Answer) -> tuple[str, str]:
     """(premise, hypothesis): what the answer states and what the true one does, each with its question."""
     query = answer.probe.query

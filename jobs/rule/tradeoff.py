@@ -11,11 +11,13 @@ from cluster.errors import UserError
 from cluster.recorder import HISTORY
 from cluster.report import Metric, read_json, read_lines
 from jobs.rule.costs import Spent
+from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS
 from jobs.rule.evaluate import unpacked
-from jobs.rule.pareto import Point, area, front, paired_difference, verdict
-from jobs.rule.probes import Answer, recalled
-from jobs.rule.trace import AXES, scores
-from jobs.scoring.intervals import mean_interval
+from jobs.rule.pareto import LEAST_FACTS, Point, area, front, paired_difference, verdict
+from jobs.rule.probes import Answer, facts, recalled
+from jobs.rule.trace import AXES, known_probes, scores
+from jobs.scoring.intervals import mean_interval, share_interval
+from jobs.scoring.rouge import stemmed_rouge_l_recall
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +28,8 @@ GOLD = "gold"  # a model that never saw what is to be forgotten: shown beside th
 TRAININGS = ("steering", "rebo", "unlearning")
 HALF_KEEPS = 0.85
 FLOORS = (0.0, 0.4, 0.5, 0.6, 0.7)
+RANKINGS = {"p(gold)": "forget_quality", "utility": "model_utility"}
+STEMMED = tuple(f"{axis}/stemmed" for axis in AXES)
 COPIED = {
     "refusal": "known/forget/refusal",
     "over_refusal": "retain/refusal",
@@ -38,19 +42,23 @@ class Outcome:
     """One finished run of a comparison.
 
     name: METHOD or METHOD@LEARNING_RATE. scores: axis -> value of each known probe, after the last stage, 0 to 1, more
-    is better. trace: points of its stages in order, the last one the result. copied: metrics of its report.
-    seconds: of training. tokens, used: as in `jobs.rule.costs`. reached: what had been spent at the first look that had
-    forgotten half of what the original knew and kept HALF_KEEPS of the rest; None where no look did, or none was taken.
+    is better, by the recall of RULE's package and of stems. facts: axis -> what each of these probes asks for.
+    trace: points of its looks and stages in order, the last one the result. stages: those that are of all known probes.
+    copied: metrics of its report. seconds: of training, None where nobody knows. tokens, used: as in `jobs.rule.costs`.
+    reached: what had been spent at the first look that had forgotten half of what the original knew and kept HALF_KEEPS
+    of the rest; None where no look did, or none was taken.
     """
 
     name: str
     method: str
     folder: Path
     scores: Mapping[str, Sequence[float]]
+    facts: Mapping[str, Sequence[str]]
     trace: tuple[Point, ...]
+    stages: tuple[Point, ...]
     copied: Mapping[str, Metric] = field(default_factory=dict)
-    seconds: float = 0.0
-    tokens: int = 0
+    seconds: float | None = None
+    tokens: int | None = None
     used: Mapping[str, float | None] = field(default_factory=dict)
     reached: Spent | None = None
 
@@ -72,30 +80,39 @@ def outcome(
     original = _answers(folder, "original")
     is_known = recalled(original, threshold)
     found: dict[str, list[float]] = {}
-    trace = []
+    trace, whole = [], []
     rows = [row for row in read_lines(folder / HISTORY) if AXES[0] in row]
     looks = [Point(name, *(row[axis] for axis in AXES)) for row in rows]
+    limit = report["configuration"]["rule"]["trace"]["probes"]
     for stage in STAGES:
         if (folder / "answers" / f"{stage}.json").exists():
             found = _scores(_answers(folder, stage), is_known)
-            trace += looks if stage == STAGES[-1] else []
-            trace.append(Point(name, *(sum(found[axis]) / len(found[axis]) for axis in AXES)))
+            point = Point(name, *(mean(found[axis]) for axis in AXES))
+            trace += [*(looks if stage == STAGES[-1] else []), point]
+            whole += [*(looks if stage == STAGES[-1] and limit is None else []), point]
     metrics = report["metrics"]["unlearned"]
-    copied = {short: _metric(metrics[long]) for short, long in COPIED.items() if long in metrics}
+    copied = {short: Metric.from_json(metrics[long]) for short, long in COPIED.items() if long in metrics}
     seconds = sum(report["seconds"].get(stage, 0.0) for stage in TRAININGS)
     tokens = spent[-1].tokens if spent else 0
-    reached = _reached(rows, _scores(original, is_known), spent)
-    return Outcome(name, method, folder, found, tuple(trace), copied, seconds, tokens, used, reached)
+    asked = set(known_probes(original, threshold, limit))
+    before = _scores(original, [knows and a.probe in asked for a, knows in zip(original, is_known, strict=True)])
+    reached = _reached(rows, before, spent)
+    ends = tuple(trace), tuple(whole)
+    return Outcome(
+        name, method, folder, found, _facts(original, is_known), *ends, copied, seconds, tokens, used, reached
+    )
 
 
 def gold_outcome(
     folder: Path, answers: Sequence[Answer], original: Sequence[Answer], threshold: float, metrics: Mapping[str, Metric]
 ) -> Outcome:
     """The row of a model that never saw what is to be forgotten."""
-    found = _scores(answers, recalled(original, threshold))
+    is_known = recalled(original, threshold)
+    found = _scores(answers, is_known)
     point = Point(GOLD, *(mean(found[axis]) for axis in AXES))
     copied = {short: metrics[long] for short, long in COPIED.items() if long in metrics}
-    return Outcome(GOLD, GOLD, folder, found, (point,), copied, used=dict.fromkeys(("forget", "retain")))
+    used = dict.fromkeys(("forget", "retain"))
+    return Outcome(GOLD, GOLD, folder, found, _facts(original, is_known), (point,), (point,), copied, used=used)
 
 
 def _reached(
@@ -131,27 +148,22 @@ def summary(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     methods = [one for one in chosen if one.method != GOLD]
     reached = {(point.forgotten, point.retained) for point in front([one.point for one in methods])}
     on_front = {one.name for one in methods if (one.point.forgotten, one.point.retained) in reached}
-    metrics = {
-        one.name: {axis: mean_interval(one.scores[axis], seed) for axis in AXES} | dict(one.copied) for one in outcomes
-    }
-    traces: dict[str, list[Point]] = {}
+    metrics = {one.name: _intervals(one, seed) | dict(one.copied) for one in outcomes}
+    counted: dict[str, list[Point]] = {}
     for one in outcomes:
-        traces.setdefault(one.method, []).extend(one.trace)
-    differences = {}
-    for one, other in permutations(chosen, 2):
-        found = {axis: paired_difference(one.scores[axis], other.scores[axis], seed) for axis in AXES}
-        differences[f"{one.name} - {other.name}"] = {
-            axis: metric.to_json() | {"verdict": verdict(metric)} for axis, metric in found.items()
-        }
+        counted.setdefault(one.method, []).extend(one.stages)
+    differences = {
+        f"{one.name} - {other.name}": _differences(one, other, seed) for one, other in permutations(chosen, 2)
+    }
     return {
         "metrics": {name: {key: metric.to_json() for key, metric in row.items()} for name, row in metrics.items()},
         "best": {one.method: one.name for one in methods},
         "front": sorted(on_front),
-        "area": {method: {f"{r:g}": area(points, r) for r in FLOORS} for method, points in traces.items()},
+        "area": {method: {f"{r:g}": area(points, r) for r in FLOORS} for method, points in counted.items()},
         "differences": differences,
         "costs": {
             one.name: {
-                "seconds": round(one.seconds, 1),
+                "seconds": one.seconds and round(one.seconds, 1),
                 "tokens": one.tokens,
                 "data_used": dict(one.used),
                 "half_forgotten": one.reached and vars(one.reached),
@@ -180,6 +192,7 @@ def table(content: Mapping[str, Any]) -> "Table":
         "tokens",
         "D_f %",
         "D_r %",
+        *(RANKINGS if content.get("rankings") else ()),
         "front",
     ):
         shown.add_column(name, justify="right")
@@ -191,15 +204,19 @@ def table(content: Mapping[str, Any]) -> "Table":
             _cell(metrics.get("refusal"), 100),
             _cell(metrics.get("over_refusal"), 100),
             _cell(metrics.get("naturalness"), 1),
-            f"{cost['seconds'] / 60:.1f}",
-            f"{cost['tokens']:,}",
+            "-" if cost["seconds"] is None else f"{cost['seconds'] / 60:.1f}",
+            "-" if cost["tokens"] is None else f"{cost['tokens']:,}",
             *("-" if share is None else f"{100 * share:.0f}" for share in cost["data_used"].values()),
         ]
+        if content.get("rankings"):
+            ranked = content["rankings"].get(name, {})
+            cells += [f"{ranked[key]['value']:.2g}" if key in ranked else "-" for key in RANKINGS.values()]
         mark = "yes" if name in content["front"] else "" if name not in content["best"].values() else "no"
         shown.add_row(name, *cells, mark)
     shown.caption = (
-        "Means with 95 % intervals. Forgotten: 1 - ROUGE-L recall on forget probes that the original knows; retained:\n"
-        "recall on neighbours and general knowledge that it knows. D_f, D_r: tokens read, in percent of the corpora.\n"
+        "Means with 95 % intervals over facts. Forgotten: 1 - ROUGE-L recall on forget probes that the original\n"
+        "knows; retained: recall on neighbours and general knowledge that it knows. Minutes: of training, with\n"
+        "start-up and looks. D_f, D_r: tokens read, in percent of the corpora.\n"
         "Front: of each method's best run (largest product of forgotten and retained), chosen on the same probes: the\n"
         "more runs a method has, the more its figures lean to the good side."
     )
@@ -208,19 +225,28 @@ def table(content: Mapping[str, Any]) -> "Table":
 
 
 def verdicts(content: Mapping[str, Any]) -> list[str]:
-    """A sentence a pair whose difference is decided on an axis, each pair once."""
+    """A sentence a pair whose difference is decided on an axis, each pair once; and why nothing can be decided."""
     sentences, seen = [], set()
+    for axis in AXES:
+        counts = {found[axis]["facts"] for found in content["differences"].values()}
+        if any(count < LEAST_FACTS for count in counts):
+            sentences.append(
+                f"nothing is decided of {axis}: the known probes ask for {min(counts)} different answers, and fewer "
+                f"than {LEAST_FACTS} say too little"
+            )
     for pair, axes in content["differences"].items():
         one, other = pair.split(" - ")
         if (other, one) in seen:
             continue
         seen.add((one, other))
-        for axis, found in axes.items():
+        for axis, stemmed in zip(AXES, STEMMED, strict=True):
+            found = axes[axis]
             low, high = (100 * value for value in found["ci95"])
             state = {"better": "more", "worse": "less"}.get(found["verdict"])
             if state:
                 size = f"{abs(100 * found['value']):.0f} points [{low:.0f}, {high:.0f}]"
-                sentences.append(f"{one} has {state} {axis} than {other}: {size}")
+                doubt = "" if axes[stemmed]["verdict"] == found["verdict"] else "; undecided by recall of stems"
+                sentences.append(f"{one} has {state} {axis} than {other}: {size}{doubt}")
     return sentences
 
 
@@ -271,10 +297,40 @@ def _answers(folder: Path, stage: str) -> list[Answer]:
 
 def _scores(answers: Sequence[Answer], is_known: Sequence[bool]) -> dict[str, list[float]]:
     chosen = [answer for answer, knows in zip(answers, is_known, strict=True) if knows]
-    found = scores([answer.probe for answer in chosen], [answer.rouge_l_recall for answer in chosen])
+    probes = [answer.probe for answer in chosen]
+    found = scores(probes, [answer.rouge_l_recall for answer in chosen])
     if not all(found.values()):
         side = "forget" if not found["forgotten"] else "retained"
         raise UserError(f"the original model answers no {side} probe, so that methods cannot be compared; take others")
+    stems = scores(probes, [stemmed_rouge_l_recall(answer.completion, answer.probe.answer) for answer in chosen])
+    return found | dict(zip(STEMMED, stems.values(), strict=True))
+
+
+def _facts(original: Sequence[Answer], is_known: Sequence[bool]) -> dict[str, list[str]]:
+    probes = [answer.probe for answer, knows in zip(original, is_known, strict=True) if knows]
+    sides = (FORGET_KINDS, RETAINED_KINDS)
+    by_axis = [facts([probe for probe in probes if probe.kind in kinds]) for kinds in sides]
+    return dict(zip((*AXES, *STEMMED), by_axis * 2, strict=True))
+
+
+def _intervals(one: Outcome, seed: int) -> dict[str, Metric]:
+    """Of each axis; where all probes have one and the same of both ends, Wilson's over the facts, which has a width."""
+    found = {}
+    for axis, values in one.scores.items():
+        metric = mean_interval(values, seed, groups=one.facts[axis])
+        if set(values) in ({0.0}, {1.0}):
+            ends = share_interval([bool(values[0])] * len(set(one.facts[axis])), seed)
+            metric = Metric(metric.value, ends.ci95, metric.n, seed)
+        found[axis] = metric
+    return found
+
+
+def _differences(one: Outcome, other: Outcome, seed: int) -> dict[str, Any]:
+    found = {}
+    for axis, values in one.scores.items():
+        metric = paired_difference(values, other.scores[axis], seed, one.facts[axis])
+        count = len(set(one.facts[axis]))
+        found[axis] = metric.to_json() | {"facts": count, "verdict": verdict(metric, count)}
     return found
 
 
@@ -284,10 +340,6 @@ def _spans(one: Outcome) -> float:
 
 def _method_of(name: str) -> str:
     return name.partition("@")[0]
-
-
-def _metric(content: Mapping[str, Any]) -> Metric:
-    return Metric(content["value"], tuple(content["ci95"]), content["n"], content["seed"])
 
 
 def _cell(metric: Mapping[str, Any] | None, factor: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -13,27 +13,37 @@ _Z95 = NormalDist().inv_cdf(0.975)
 _DRAWS_AT_ONCE = 2**21
 
 
-def mean_interval(values: Sequence[float], seed: int, resamples: int = 10_000) -> Metric:
+def mean_interval(
+    values: Sequence[float], seed: int, resamples: int = 10_000, groups: Sequence[Hashable] | None = None
+) -> Metric:
     """Mean of `values` with the percentile bootstrap's interval.
 
     Args:
         values: one finite number an item, shape (n,), n >= 1, any unit.
         seed: of the resampling; the same seed gives the same interval.
         resamples: number of bootstrap samples.
-    Returns: value and interval in the unit of `values`.
-    Raises: ValueError for an empty or non-finite `values`.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 13.3.
+        groups: what each item belongs to, shape (n,): a group is drawn whole, for its items are not independent; None
+            draws items.
+    Returns: value and interval in the unit of `values`; n counts items.
+    Raises: ValueError for an empty or non-finite `values`, or another number of groups.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 13.3; groups: Davison and Hinkley, Bootstrap Methods
+    and their Application, 3.8.
     """
     sample = _finite(values)
+    sums, sizes = sample, np.ones(sample.size)
+    if groups is not None:
+        order = {group: index for index, group in enumerate(dict.fromkeys(groups))}
+        index = np.fromiter((order[group] for group in groups), np.int64, len(groups))
+        if index.size != sample.size:
+            raise ValueError(f"{index.size} groups were given for {sample.size} values.")
+        sums, sizes = np.bincount(index, weights=sample), np.bincount(index).astype(np.float64)
     rng = np.random.default_rng(seed)
-    rows = max(1, _DRAWS_AT_ONCE // sample.size)
-    means = np.concatenate(
-        [
-            sample[rng.integers(0, sample.size, size=(min(rows, resamples - start), sample.size))].mean(axis=1)
-            for start in range(0, resamples, rows)
-        ]
-    )
-    return Metric(value=float(sample.mean()), ci95=_central95(means), n=sample.size, seed=seed)
+    rows = max(1, _DRAWS_AT_ONCE // sums.size)
+    means = []
+    for start in range(0, resamples, rows):
+        drawn = rng.integers(0, sums.size, size=(min(rows, resamples - start), sums.size))
+        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    return Metric(value=float(sample.mean()), ci95=_central95(np.concatenate(means)), n=sample.size, seed=seed)
 
 
 def share_interval(hits: Sequence[bool], seed: int) -> Metric:

@@ -67,11 +67,20 @@ def test_what_was_finished_stays_and_the_rest_is_done(compared):
     gold = report["metrics"]["gold"]
     assert gold["forgotten"]["value"] > 0.6
     assert gold["retained"]["value"] > 0.95
-    assert report["differences"]["RULE - RS"]["forgotten"]["verdict"] == "better"
+    forgotten = report["differences"]["RULE - RS"]["forgotten"]
+    assert forgotten["value"] > 0
+    assert (forgotten["facts"], forgotten["verdict"]) == (4, "undecided")
+    assert "nothing is decided of forgotten" in process.stdout
     # a model of this size has never followed an instruction, and loses its way behind one
     assert report["differences"]["RULE - ICU"]["retained"]["verdict"] == "better"
     assert "RULE" in report["front"]
     assert (folder / "plots" / "tradeoff.png").stat().st_size > 10_000
+    ranked = report["rankings"]
+    assert set(ranked) == {"original", "gold", *FINISHED}
+    assert "forget_quality" not in ranked["gold"]
+    # a model that knows everything is told from one that was never told of the target
+    assert ranked["original"]["forget_quality"]["value"] < 0.01
+    assert ranked["original"]["model_utility"]["value"] > 0.5
 
 
 def test_every_method_is_measured_as_rule_is(compared, reports):
@@ -115,3 +124,13 @@ def test_stage_one_and_the_original_are_asked_once(compared, reports):
     assert (folder / "runs" / "RULE" / "steered" / "model.safetensors").read_bytes() == same
     asked = [name for name, report in reports.items() if "evaluation of original" in report["seconds"]]
     assert not asked
+
+
+def test_other_methods_find_what_is_trained(compared, world):
+    folder, _ = compared
+    arguments = ("compare", "--methods", "RS,ICU", "--gold", str(world.gold), *commands.settings(world, FAST))
+    process = commands.start_rule(folder.parent, *arguments, "--out", str(folder)).finish(300)
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    assert all(f"[{name}] is finished" in process.stdout for name in ("RS", "ICU"))
+    report = json.loads((folder / "report.json").read_text())
+    assert list(report["best"]) == report["methods"] == ["RS", "ICU"]

@@ -30,29 +30,36 @@ NEVER = {"value": 0.5, "ci95": [0.4, 0.6], "n": 4, "seed": 42}
 def answers(forget: list[float], retain: list[float]) -> list[Answer]:
     kinds = ["forget_fb"] * len(forget) + ["neighbor_qa"] * (len(retain) // 2) + ["general"] * (len(retain) // 2)
     return [
-        Answer(Probe(f"q{i}", "a", kind, "", ""), "said", False, False, recall)
+        Answer(Probe(f"q{i}", f"fact {i}", kind, "", ""), f"fact {i}" if recall == 1 else "said", False, False, recall)
         for i, (kind, recall) in enumerate(zip(kinds, [*forget, *retain], strict=True))
     ]
 
 
-def finished(folder: Path, stages: dict[str, list[Answer]], seconds: dict[str, float]) -> Path:
+def finished(
+    folder: Path, stages: dict[str, list[Answer]], seconds: dict[str, float], limit: int | None = None
+) -> Path:
     folder.mkdir(parents=True)
     for stage, given in stages.items():
         (folder / "answers").mkdir(exist_ok=True)
         (folder / "answers" / f"{stage}.json").write_text(json.dumps(packed(Examined(given, [], {}, 1.0, 1.0))))
     metrics = {"known/forget/refusal": NEVER, "retain/refusal": NEVER}
-    (folder / "report.json").write_text(json.dumps({"metrics": {"unlearned": metrics}, "seconds": seconds}))
+    configuration = {"rule": {"trace": {"probes": limit}}}
+    report = {"metrics": {"unlearned": metrics}, "seconds": seconds, "configuration": configuration}
+    (folder / "report.json").write_text(json.dumps(report))
     return folder
 
 
 @pytest.fixture
 def outcomes(tmp_path):
     """RULE forgets and keeps, GA forgets all and keeps nothing, or little of either; the original does not know one."""
-    original = answers([1, 1, 1, 1, 0.2], [1, 1, 1, 1])
+    original = answers([1, 1, 1, 1, 0.2] * 3, [1] * 12)
     runs = {
-        "RULE": {"steered": answers([0.5] * 5, [0.5] * 4), "unlearned": answers([0, 0, 0, 0.4, 1], [1, 1, 1, 0.8])},
-        "GA@1e-5": {"unlearned": answers([0] * 5, [0] * 4)},
-        "GA@1e-6": {"unlearned": answers([0.8, 1, 1, 1, 1], [0.9, 1, 1, 1])},
+        "RULE": {
+            "steered": answers([0.5] * 15, [0.5] * 12),
+            "unlearned": answers([0, 0, 0, 0.4, 1] * 3, [1, 1, 1, 0.8] * 3),
+        },
+        "GA@1e-5": {"unlearned": answers([0] * 15, [0] * 12)},
+        "GA@1e-6": {"unlearned": answers([0.8, 1, 1, 1, 1] * 3, [0.9, 1, 1, 1] * 3)},
     }
     return [
         tradeoff.outcome(
@@ -69,7 +76,8 @@ def outcomes(tmp_path):
 
 def test_points_are_means_over_known_probes(outcomes):
     rule = outcomes[0]
-    assert rule.scores["forgotten"] == [1, 1, 1, 0.6]
+    assert rule.scores["forgotten"] == [1, 1, 1, 0.6] * 3
+    assert rule.scores["retained/stemmed"] == [1, 1, 1, 0] * 3
     assert rule.point.forgotten == pytest.approx(0.9)
     assert rule.point.retained == pytest.approx(0.95)
     assert (rule.trace[0].forgotten, rule.trace[0].retained) == (0.5, 0.5)
@@ -108,11 +116,41 @@ def test_the_best_of_a_method_is_what_is_compared(outcomes):
     assert content["differences"]["RULE - GA@1e-6"]["retained"]["verdict"] == "undecided"
     [sentence] = tradeoff.verdicts(content)
     assert sentence.startswith("RULE has more forgotten than GA@1e-6: 85 points [")
+    assert sentence.endswith("]")
     assert json.loads(json.dumps(content)) == content
 
 
+def test_few_facts_decide_nothing(outcomes):
+    one_fact = {axis: ["the same"] * len(asked) for axis, asked in outcomes[0].facts.items()}
+    content = tradeoff.summary([replace(outcome, facts=one_fact) for outcome in outcomes], 42)
+    assert {found["verdict"] for axes in content["differences"].values() for found in axes.values()} == {"undecided"}
+    assert [sentence[:34] for sentence in tradeoff.verdicts(content)] == [
+        "nothing is decided of forgotten: t",
+        "nothing is decided of retained: th",
+    ]
+
+
+def test_a_verdict_that_case_and_punctuation_made_is_doubted(outcomes):
+    rule, _, ga = outcomes
+    alike = {"forgotten/stemmed": [1.0] * 12}
+    content = tradeoff.summary([replace(one, scores={**one.scores, **alike}) for one in (rule, ga)], 42)
+    [sentence] = tradeoff.verdicts(content)
+    assert sentence.endswith("; undecided by recall of stems")
+
+
+def test_looks_at_some_of_the_probes_count_in_no_area(tmp_path):
+    original, unlearned = answers([1] * 4, [1] * 4), answers([0] * 4, [0.5] * 4)
+    folder = finished(tmp_path / "run", {"original": original, "unlearned": unlearned}, {}, limit=2)
+    (folder / "history.jsonl").write_text('{"stage": "rebo", "step": 1, "forgotten": 0.9, "retained": 0.9}\n')
+    outcome = tradeoff.outcome("RULE", "RULE", folder, 0.5, [costs.Spent("rebo", 1, 4.0, 400)], {})
+    assert len(outcome.trace) == 2
+    assert tradeoff.summary([outcome], 42)["area"]["RULE"]["0"] == 0.5
+
+
 def test_gold_is_shown_beside_the_methods_and_is_none_of_them(outcomes):
-    gold = replace(outcomes[0], name="gold", method="gold", trace=(Point("gold", 1.0, 1.0),))
+    gold = replace(
+        outcomes[0], name="gold", method="gold", trace=(Point("gold", 1.0, 1.0),), seconds=None, tokens=None
+    )
     equal = replace(outcomes[0], name="RS", method="RS")
     content = tradeoff.summary([*outcomes, equal, gold], 42)
     assert "gold" not in content["best"]
@@ -121,7 +159,8 @@ def test_gold_is_shown_beside_the_methods_and_is_none_of_them(outcomes):
     tradeoff.figure(content)
     console = Console(width=140, record=True)
     console.print(tradeoff.table(content))
-    assert "gold" in console.export_text()
+    [row] = [line for line in console.export_text().splitlines() if line.startswith(" gold")]
+    assert row.split()[-4:-2] == ["-", "-"]  # what gold cost nobody knows
 
 
 def test_the_table_and_the_plot_show_every_run(outcomes, tmp_path):
@@ -129,7 +168,7 @@ def test_the_table_and_the_plot_show_every_run(outcomes, tmp_path):
     console = Console(width=140, record=True, quiet=False)
     console.print(tradeoff.table(content))
     text = console.export_text()
-    for shown in ("RULE", "GA@1e-5", "90 [70, 100]", "1.5", "1,000", "12"):
+    for shown in ("RULE", "GA@1e-5", "90 [80, 100]", "100 [76, 100]", "1.5", "1,000", "12"):
         assert shown in text
     tradeoff.figure(content).savefig(tmp_path / "tradeoff.png")
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000

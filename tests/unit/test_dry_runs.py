@@ -28,6 +28,13 @@ def test_a_comparison_tells_what_each_entry_would_train(storage, capsys):
     assert cli.main(app, ["compare", "--profile", "laptop", "--methods", "RULE,NOP", "--dry-run"]) == 2
 
 
+def test_rmu_cannot_steer_the_last_block(storage, capsys):
+    command = ["compare", "--profile", "laptop", "--methods", "RMU,ICU", "--dry-run"]
+    assert cli.main(app, [*command, "--set", "rule.baseline.rmu_layer=28"]) == 0
+    assert cli.main(app, [*command, "--set", "rule.baseline.rmu_layer=29"]) == 2
+    assert "block 29 is the model's last" in capsys.readouterr().err
+
+
 def test_an_evaluation_tells_what_it_would_ask(storage, capsys):
     sets = ["--set", "train.num_workers=7", "--set", "cluster.num_cpus=2"]
     assert cli.main(app, ["evaluate", "--profile", "laptop", "--dry-run", *sets]) == 0  # one worker is enough

@@ -38,6 +38,19 @@ def test_mean_interval_agrees_with_scipy_and_repeats_by_seed():
     assert metric.ci95 != mean_interval(values, seed=2).ci95
 
 
+def test_items_of_a_group_are_drawn_together():
+    values = [0.0, 1.0, 0.25, 0.75]
+    groups = ["a", "b", "c", "d"]
+    assert mean_interval(values, seed=1, groups=groups) == mean_interval(values, seed=1)
+    tripled = mean_interval(values * 3, seed=1, groups=groups * 3)
+    assert tripled.ci95 == pytest.approx(mean_interval(values, seed=1).ci95)  # copies of a group add nothing
+    assert tripled.n == 12
+    low, high = mean_interval([0.0] * 9 + [1.0], seed=1, groups=["many"] * 9 + ["one"]).ci95
+    assert (low, high) == (0.0, 1.0)  # one group of two may be drawn twice
+    with pytest.raises(ValueError, match="3 groups were given for 4 values"):
+        mean_interval(values, seed=1, groups=groups[:3])
+
+
 def test_mean_interval_covers_the_true_mean():
     rng = np.random.default_rng(5)
     covered = 0

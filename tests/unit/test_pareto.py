@@ -57,8 +57,11 @@ def test_pairs_decide_what_means_alone_would_not():
     better = [min(1.0, value + 0.05) if index % 2 == 0 else value for index, value in enumerate(base)]
     difference = paired_difference(better, base, seed=1)
     assert difference.value == pytest.approx(0.025)
-    assert verdict(difference) == "better"
-    assert verdict(paired_difference(base, better, seed=1)) == "worse"
-    assert verdict(paired_difference(base, base, seed=1)) == "undecided"
+    assert verdict(difference, 100) == "better"
+    assert verdict(difference, 9) == "undecided"
+    assert verdict(paired_difference(base, better, seed=1), 100) == "worse"
+    assert verdict(paired_difference(base, base, seed=1), 100) == "undecided"
+    facts = [index // 4 for index in range(100)]
+    assert paired_difference(better, base, seed=1, facts=facts).value == difference.value
     with pytest.raises(ValueError, match=r"shorter|longer|argument"):
         paired_difference([1.0], [1.0, 0.0], seed=1)

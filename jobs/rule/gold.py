@@ -1,0 +1,100 @@
+"""How near a comparison's models come to one that never saw what was to be forgotten, by TOFU's two scores.
+
+Needs TOFU's files in the data (`jobs.rule.tofu.FILES`); every model is asked on a worker, and its scores are kept.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import models, session
+from cluster.config import Generation, Train
+from cluster.report import Metric, read_json, write_json
+from jobs.rule.config import Evaluation
+from jobs.rule.job import EVALUATION_LIMIT_S, Run
+from jobs.rule.tofu import TofuRow, forget_quality
+
+FORGET_QUALITY, MODEL_UTILITY = "forget_quality", "model_utility"
+
+
+@dataclass(frozen=True)
+class Gold:
+    """The model that never saw what was to be forgotten, and TOFU's questions where the data have any."""
+
+    source: models.ModelSource
+    rows: Mapping[str, list[TofuRow]] | None
+
+    def identity(self) -> list[str]:
+        """What pins both."""
+        return [self.source.version, repr(self.rows)]
+
+
+@dataclass(frozen=True)
+class TofuTask:
+    """Which model is asked TOFU's questions, and how."""
+
+    model: Path
+    rows: Mapping[str, list[TofuRow]]
+    settings: Evaluation
+    generation: Generation
+    train: Train
+    seed: int
+    stop: tuple[str, ...] = ()
+
+
+def rankings(run: Run, asked: Mapping[str, Path], gold: Gold) -> dict[str, dict[str, Metric]]:
+    """`forget_quality` against `gold` and `model_utility` of each model in `asked`, and of gold its utility.
+
+    A score is left out where the files that it needs are not there.
+    """
+    if gold.rows is None:
+        return {}
+    everyone = {**asked, "gold": gold.source.path}
+    scored = {name: _scored(run, name, path, gold.rows) for name, path in everyone.items()}
+    found: dict[str, dict[str, Metric]] = {}
+    for name, one in scored.items():
+        found[name] = {}
+        if name != "gold" and one["ratios"]:
+            found[name][FORGET_QUALITY] = forget_quality(one["ratios"], scored["gold"]["ratios"], run.config.rule.seed)
+        if one["utility"] is not None:
+            found[name][MODEL_UTILITY] = Metric.from_json(one["utility"])
+    return found
+
+
+def _scored(run: Run, name: str, model: Path, rows: Mapping[str, list[TofuRow]]) -> dict[str, Any]:
+    kept = run.folder / "tofu" / f"{name}.json"
+    known = read_json(kept)
+    if known is None:
+        rule, config = run.config.rule, run.config
+        task = TofuTask(model, rows, rule.evaluation, config.generation, config.train, rule.seed, rule.stop)
+        with run.phase(f"TOFU's questions to {name}"):
+            known = session.on_worker(score, config, task, seconds=EVALUATION_LIMIT_S)
+        write_json(known, kept)
+    return known
+
+
+def score(task: TofuTask) -> dict[str, Any]:
+    """The truth ratios of the forget set, and the model's utility where its three sets are there, else None."""
+    from transformers import AutoConfig
+
+    from cluster.generation import open_engine
+    from cluster.models import context_length, load_model, load_tokenizer
+    from jobs.rule.benchmarks import LONGEST_PROMPT
+    from jobs.rule.tofu import score_tofu
+
+    tokenizer, gpu = load_tokenizer(task.model), bool(task.train.gpus_per_worker)
+    context = context_length(AutoConfig.from_pretrained(task.model, local_files_only=True))
+    engine = open_engine(task.model, task.generation, task.train, min(context, LONGEST_PROMPT), task.seed)
+    model = load_model(task.model, task.train.precision if gpu else "float32").to("cuda" if gpu else "cpu")
+    metrics, ratios = score_tofu(
+        model,
+        engine,
+        tokenizer,
+        dict(task.rows),
+        max_batch_tokens=task.settings.max_batch_tokens,
+        seed=task.seed,
+        stop=task.stop,
+    )
+    utility = metrics.get("tofu/model_utility")
+    return {"ratios": ratios, "utility": utility and utility.to_json()}
