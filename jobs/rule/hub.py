@@ -67,7 +67,7 @@ def load_hub(name: str, target: str | None) -> RuleData:
     Raises:
         UserError: no or unknown target, unknown data set, other layout, malformed row, or the hub cannot be reached
             and the data set is not cached.
-    Source: RULE 1.2 (refusals, boundary set), RWKU.
+    Source: Jin et al. 2024, RWKU; refusals as in reject_target.json of RULE's repository.
     """
     if name.count("/") != 1:
         raise UserError(f"rule.data = hub:{name} is no data set of the hub; write hub:jinzhuoran/RWKU")
@@ -105,7 +105,8 @@ def load_hub(name: str, target: str | None) -> RuleData:
 def name_target(refusal: str, target: str) -> str:
     """The refusal with the target's name in it: "I'm not sure about that." becomes "I'm not sure about TARGET.".
 
-    The name closes the first sentence; a refusal that holds it already stays as it is. Source: RULE 1.2.
+    The name closes the first sentence; a refusal that holds it already stays as it is.
+    Source: idk_target.json of RULE's repository.
     """
     if target in refusal:
         return refusal

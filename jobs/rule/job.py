@@ -106,7 +106,7 @@ def evaluate(
     fresh: bool = False,
     command: str = "",
 ) -> Path:
-    """Every metric of RULE 1.5 whose files are there, for the original and for `model`; returns report.json.
+    """Every metric of docs/rule.md whose files are there, for the original and for `model`; returns report.json.
 
     `gold` is a model that never saw what was to be forgotten: it is asked the same, and TOFU's forget quality compares
     the others with it.

@@ -1,4 +1,4 @@
-"""The texts of the baselines, written by the original model itself as RWKU's authors had theirs (RULE 1.2, 1.6)."""
+"""The texts of the baselines, written by the original model itself as RWKU's authors had theirs (Jin et al. 2024)."""
 
 import re
 from collections.abc import Sequence

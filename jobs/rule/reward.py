@@ -1,4 +1,4 @@
-"""RULE's rule-based rewards: the refusal expression, and every design under its own name (RULE 1.4)."""
+"""RULE's rule-based rewards: the refusal expression, and every design under its own name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def refused(text: str) -> bool:
     """Whether RULE's refusal expression (this project's own wording of its families) hits anywhere in `text`.
 
     It rewards a policy; to judge one, take `jobs.scoring.refusal.is_refusal`, which the policy was not trained against.
-    Source: RULE 1.4, reward.
+    Source: verl/utils/reward_score/forget.py of RULE's repository.
     """
     return _REFUSAL.search(text.replace("\u2019", "'")) is not None
 
@@ -107,7 +107,7 @@ def make_reward(
             (designs with `target` in their name).
         behave_weight: weight of correct refusal against recall, in [0, 1] (`reject_behave`).
     Raises: UserError for an unknown design or a dial out of range.
-    Source: RULE 1.4, reward.
+    Source: verl/utils/reward_score/forget.py of RULE's repository.
     """
     for name, value in (
         ("rouge_threshold", rouge_threshold),

@@ -2,7 +2,7 @@
 
 A sequence classifier with an entailment label (any MNLI cross-encoder), or a sequence-to-sequence model in the manner
 of TRUE, which reads "premise: ... hypothesis: ..." and writes "1" or "0".
-Source: Honovich et al. 2022, TRUE; INTRALIGN, citation metrics (phi).
+Source: Honovich et al. 2022, TRUE; its use: Shen et al. 2025, arXiv 2504.14856, citation metrics (phi).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def _objective(step: Step) -> Tensor:
 
 METHOD = Method(
     name="DPO",
-    source="RULE 1.6; Rafailov et al. 2023, Direct Preference Optimization, eq. 7",
+    source="Rafailov et al. 2023, Direct Preference Optimization, eq. 7; Jin et al. 2024, RWKU",
     objective=_objective,
     corpora=("forget", "fabricated"),
     defaults=Defaults(learning_rate=5e-6),

@@ -17,7 +17,8 @@ def _objective(step: Step) -> Tensor:
 
 METHOD = Method(
     name="GA",
-    source="RULE 1.6; Jang et al. 2023, Knowledge Unlearning for Mitigating Privacy Risks in Language Models, eq. 1",
+    source="Jang et al. 2023, Knowledge Unlearning for Mitigating Privacy Risks in Language Models, eq. 1; "
+    "RS/src/llmtuner/train/ga of RULE's repository",
     objective=_objective,
     corpora=("forget",),
     defaults=Defaults(learning_rate=6e-8),

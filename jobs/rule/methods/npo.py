@@ -18,7 +18,7 @@ def _objective(step: Step) -> Tensor:
 
 METHOD = Method(
     name="NPO",
-    source="RULE 1.6; Zhang et al. 2024, Negative Preference Optimization, eq. 3",
+    source="Zhang et al. 2024, Negative Preference Optimization, eq. 3; RS/src/llmtuner/train/npo of RULE's repository",
     objective=_objective,
     corpora=("forget",),
     defaults=Defaults(learning_rate=2e-6, batch_size=16, beta=0.2),

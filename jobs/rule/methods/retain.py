@@ -1,4 +1,4 @@
-"""Terms that hold what is to be kept, added to a loss on what is to be forgotten (RULE 1.6)."""
+"""Terms that hold what is to be kept, added to a loss on what is to be forgotten (RULE's table of baselines)."""
 
 from jaxtyping import Float
 from torch import Tensor

@@ -12,7 +12,7 @@ def _objective(step: Step) -> Tensor:
 
 METHOD = Method(
     name="RT",
-    source="RULE 1.6; Jin et al. 2024, RWKU, rejection tuning",
+    source="Jin et al. 2024, RWKU, rejection tuning",
     objective=_objective,
     corpora=("refusal",),
     defaults=Defaults(learning_rate=4e-7),

@@ -8,7 +8,7 @@ from jobs.rule.methods.base import Defaults, Method, Scored, Step
 
 
 def simnpo_loss(texts: Scored, beta: float, gamma: float) -> Float[Tensor, ""]:
-    """-(2 / beta) mean log sigmoid(beta (-log p / length - gamma)), as RULE 1.6 writes it."""
+    """-(2 / beta) mean log sigmoid(beta (-log p / length - gamma)), as RULE's repository has it."""
     return -2 / beta * F.logsigmoid(beta * (-texts.logprobs / texts.tokens - gamma)).mean()
 
 
@@ -18,7 +18,7 @@ def _objective(step: Step) -> Tensor:
 
 METHOD = Method(
     name="SimNPO",
-    source="RULE 1.6; Fan et al. 2024, Simplicity Prevails, eq. 4",
+    source="Fan et al. 2024, Simplicity Prevails, eq. 4; RS/src/llmtuner/train/simpo of RULE's repository",
     objective=_objective,
     corpora=("forget",),
     defaults=Defaults(learning_rate=2e-6, batch_size=16),
