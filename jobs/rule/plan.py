@@ -165,7 +165,8 @@ def baseline_plan(config: RuleConfig, method: Method, corpora: Mapping[str, Sequ
     """The plan of another method: a step holds the passes of all its texts at once, for it has one backward pass.
 
     Raises:
-        UserError: a batch cannot be dealt equally to the workers, or RMU is to steer the last block, or one that the model has not.
+        UserError: a batch cannot be dealt equally to the workers, or RMU is to steer the last block or one that is
+            not there.
     """
     train, shape = config.train, ModelShape.of(model)
     settings = settled(config.rule.baseline, method, shape.layers)
