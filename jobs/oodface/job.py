@@ -9,7 +9,6 @@ from typing import Any
 
 import joblib
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster import datasets, runs, session
 from cluster.errors import JobFailure, UserError, paths_named
@@ -17,7 +16,7 @@ from cluster.report import digest, read_json, write_json
 from cluster.tracking import Tracker
 from jobs.oodface import catalogue, protocols
 from jobs.oodface.config import Corrupt, OodfaceConfig
-from jobs.oodface.run import Run, prepare, work_plan
+from jobs.oodface.run import Run, catalogue_folder, demanded, prepare, usable, work_plan
 from jobs.oodface.scenarios import PROCEDURAL
 
 PACKAGES = ("torch", "numpy", "kornia", "opencv-python-headless", "pillow", "ray", "pyspark")
@@ -40,10 +39,12 @@ def corrupt(config: OodfaceConfig, out: Path | None = None, fresh: bool = False,
         found = _catalogue(run)
         if (content := _finished(run, found)) is not None:
             return _told(run, content, report.corrupted)
+        rows = usable(found.manifest.files(found.folder))
+        demanded(run, "corrupt", rows).require_fit()
         with session.connected(config), _tracked(run, found) as tracker:
             folder = run.folder / "shards"
             images = run.folder / IMAGES if config.oodface.corrupt.output == "folders" else None
-            content, manifest = _made(run, found, _usable(found), folder, _writer(run), images)
+            content, manifest = _made(run, found, rows, folder, _writer(run), images)
             content = _provenance(run, found, tracker, "corrupt") | content | {"manifest": manifest.digest}
             _keep(run, tracker, content, report.pictures(run, found, content))
     return _told(run, content, report.corrupted)
@@ -64,6 +65,7 @@ def evaluate(config: OodfaceConfig, out: Path | None = None, fresh: bool = False
         if (content := _finished(run, found)) is not None:
             return _told(run, content, report.evaluated)
         rows, pairs = _compared(run, found)
+        demanded(run, "evaluate", rows).require_fit()
         with session.connected(config), _tracked(run, found) as tracker:
             folder = run.folder / "embeddings"
             content, manifest = _made(run, found, rows, folder, _embedder(run))
@@ -97,6 +99,7 @@ def ask(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, com
         # MLflow keeps what a step has: figures of other answers are a later step's
         asked = 0 if content is None else content["asked"] + 1
         rows, pairs = _compared(run, found)
+        demanded(run, "ask", rows).require_fit()
         images = run.folder / IMAGES
         with session.connected(config), _tracked(run, found) as tracker:
             content, manifest = _made(run, found, rows, run.folder / "shards", _photographer(run), images)
@@ -124,11 +127,7 @@ def _data_digests(run: Run, found: catalogue.Catalogue) -> dict[str, str]:
 def _catalogue(run: Run) -> catalogue.Catalogue:
     """The images' catalogue, shared by all runs on them."""
     dials = run.config.oodface
-    folder = (
-        session.storage(run.config)
-        / "oodface"
-        / f"catalogue-{digest([dials.layout, dials.images, dials.near_duplicates])}"
-    )
+    folder = catalogue_folder(run.config)
     with run.phase("catalogue", goes_on=True), runs.exclusively(folder, wait_s=3600):
         print(f"catalogue of {dials.images}: {folder}", flush=True)
         cores = min(joblib.cpu_count(), run.config.workers.number * run.config.workers.cpus)
@@ -169,15 +168,9 @@ def _finished(run: Run, found: catalogue.Catalogue) -> dict[str, Any] | None:
 
 def _compared(run: Run, found: catalogue.Catalogue) -> tuple[pa.Table, protocols.Pairs]:
     """The pairs whose images are there, and these images' rows of the catalogue."""
-    rows = _usable(found)
+    rows = usable(found.manifest.files(found.folder))
     pairs = protocols.present(run.pairs, rows["image_id"].to_pylist(), run.config.oodface.evaluate.missing)
     return rows.filter(pa.compute.is_in(rows["image_id"], pa.array(pairs.images()))), pairs
-
-
-def _usable(found: catalogue.Catalogue) -> pa.Table:
-    columns = ["image_id", "identity", "path", "row", "place", "readable"]
-    table = pa.concat_tables(pq.read_table(file, columns=columns) for file in found.manifest.files(found.folder))
-    return table.filter(table["readable"])
 
 
 def _writer(run: Run) -> Callable[[], Any]:
@@ -242,8 +235,9 @@ def _made(
         "conditions": len(run.conditions),
         "rows": manifest.rows,
         "no_face": sorted({image for note in notes for image in note["no_face"]}),
+        "several_faces": sorted({image for note in notes for image in note["several_faces"]}),
         "lost": lost,
-        "work": pipeline.summary(manifest.shards, min(dials.num_workers, len(todo))),
+        "work": pipeline.summary(manifest.shards),
         "seconds": run.state["seconds"],
     }
     return content, manifest

@@ -32,24 +32,33 @@ class Threshold(NamedTuple):
 def cosine(first: Float[np.ndarray, "n d"], second: Float[np.ndarray, "n d"]) -> Scores:
     """Cosine similarity of embeddings, row by row, in [-1, 1].
 
-    The original adds 1e-5 to every component after normalising, which changes no decision; we do not. Source: A6.
+    The original adds 1e-5 to every component after normalising, which changes no decision; we do not. Zero or not
+    finite embeddings give NaN. Source: OODFace, the evaluation script of its repository.
+    """
+    rows = [np.asarray(one, dtype=np.float64) for one in (first, second)]
+    norms = [np.linalg.norm(one, axis=1) for one in rows]
+    with np.errstate(invalid="ignore"):
+        return np.einsum("nd,nd->n", *rows) / (norms[0] * norms[1])
+
+
+def pair_scores(
+    pairs: Pairs, image_ids: Sequence[str], embeddings: Float[np.ndarray, "images d"], about: str = "the model"
+) -> Scores:
+    """The similarity of each pair, NaN where an image has no embedding.
+
+    Args:
+        about: whose embeddings these are, and under what condition.
 
     Raises:
         UserError: an embedding is zero or not finite.
     """
-    rows = [np.asarray(one, dtype=np.float64) for one in (first, second)]
-    norms = [np.linalg.norm(one, axis=1) for one in rows]
-    wrong = ~np.isfinite(norms[0] * norms[1]) | (norms[0] * norms[1] == 0)
-    if wrong.any():
+    norms = np.linalg.norm(np.asarray(embeddings, dtype=np.float64), axis=1)
+    wrong = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    if wrong.size:
         raise UserError(
-            f"an embedding of pair {int(np.argmax(wrong))} ({int(wrong.sum())} pairs in all) is zero or not finite; "
-            "check the model's file and its precision"
+            f"{about} gives {image_ids[wrong[0]]} an embedding that is zero or not finite ({wrong.size} of "
+            f"{len(image_ids)} images); check the model's file, its mean and std, and its precision"
         )
-    return np.einsum("nd,nd->n", *rows) / (norms[0] * norms[1])
-
-
-def pair_scores(pairs: Pairs, image_ids: Sequence[str], embeddings: Float[np.ndarray, "images d"]) -> Scores:
-    """The similarity of each pair, NaN where an image has no embedding."""
     place = {name: at for at, name in enumerate(image_ids)}
     sides = [np.array([place.get(name, -1) for name in side]) for side in (pairs.image_a, pairs.image_b)]
     there = (sides[0] >= 0) & (sides[1] >= 0)
@@ -61,7 +70,7 @@ def pair_scores(pairs: Pairs, image_ids: Sequence[str], embeddings: Float[np.nda
 def refit(scores: Scores, same: Same) -> Threshold:
     """The observed score that is the best threshold for these pairs, and of equally good ones the lowest.
 
-    O(n log n): one sort. Source: A6, the evaluation script of the repository.
+    O(n log n): one sort. Source: OODFace, the evaluation script of its repository.
     """
     order = np.argsort(scores, kind="stable")
     ranked, positive = scores[order], same[order]

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 PAUSE_S = 30.0
 AHEAD = 2  # shards a worker that are decoded at once: one for it to go on with, one for the next
+# Decoded shards that Ray may keep in its object store, a worker: without a bound it fills half of the store. Measured
+# with two workers on shards of 6 MiB, 16 shards cost no time, and fewer than one (4 MiB) took twice as long.
+STORED, LEAST_STORED = 8, 1 << 26  # shards, bytes
 RESTARTS = 2  # of a worker, and of a shard whose worker died
 STAGES = ("align", "distort", "embed", "encode", "write")
 KERNELS = ("distort", "embed")
@@ -51,6 +54,22 @@ def tasks(rows: pa.Table, faces_per_shard: int) -> list[Task]:
     return [Task(index, ordered.slice(start, faces_per_shard)) for index, start in enumerate(starts)]
 
 
+def largest_shard(todo: Sequence[Task], longest: int) -> int:
+    """Bytes of the largest shard once it is decoded, its photographs limited to `longest` pixels a side."""
+    return max((_decoded_bytes(task.rows, longest) for task in todo), default=0)
+
+
+def _decoded_bytes(rows: pa.Table, longest: int) -> int:
+    sides = np.stack([rows[name].to_numpy().astype(np.int64) for name in ("height", "width")])
+    scale = np.minimum(1, longest / sides.max(axis=0))
+    return int(np.maximum(1, np.round(sides * scale)).prod(axis=0).sum()) * 3
+
+
+def store_limit(shard: int, workers: int) -> int:
+    """Bytes of Ray's object store that decoded shards may fill: always more than one of the largest, `shard` bytes."""
+    return max(LEAST_STORED, STORED * workers * shard)
+
+
 def run(
     todo: Sequence[Task], folder: Path, maker: Callable[[], Callable[["Shard"], pa.Table]], dials: Oodface
 ) -> Iterator[dict[str, Any]]:
@@ -60,19 +79,30 @@ def run(
         maker: makes what turns a shard into its table, once a worker; it has a `clock`, `empty` and `rows_per_group`.
 
     Raises:
-        JobFailure: the disk is full, a worker died again and again.
+        JobFailure: the disk is full, a worker died again and again, or a GPU's memory is too small.
         UserError: an image that would be written outside the run's folder.
     """
     import ray
 
     if not todo:
         return
-    context = ray.data.DataContext.get_current()
+    workers = min(dials.num_workers, len(todo))
+    context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
+    stored = store_limit(largest_shard(todo, dials.longest_side), workers)
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=stored)
+    with ray.data.DataContext.current(context):  # this process may have other pipelines, as under a search
+        yield from _made(todo, folder, maker, dials, workers)
+
+
+def _made(
+    todo: Sequence[Task], folder: Path, maker: Callable[[], Callable[["Shard"], pa.Table]], dials: Oodface, workers: int
+) -> Iterator[dict[str, Any]]:
+    import ray
+
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is told once, by us
-    workers = min(dials.num_workers, len(todo))
     # reading and working take turns where a worker has one core; unequal shares keep Ray from making them one process
     spare = dials.cpus_per_worker - 1
     reading, working = (0.3, 0.7) if not spare else (1, 1 if dials.gpus_per_worker else spare)
@@ -93,7 +123,7 @@ def run(
             )
             .map_batches(
                 _Worker,
-                fn_constructor_args=(maker, folder),
+                fn_constructor_args=(maker, folder, workers),
                 num_cpus=working,
                 num_gpus=dials.gpus_per_worker or None,
                 compute=ray.data.ActorPoolStrategy(size=workers),
@@ -129,36 +159,46 @@ def files_present(shard: Path, images: Path) -> bool:
     return all((images / name).is_file() and (images / name).stat().st_size for name in names)
 
 
-def summary(shards: Sequence[datasets.Shard], workers: int) -> dict[str, Any]:
+def summary(shards: Sequence[datasets.Shard]) -> dict[str, Any]:
     """Where the time went: seconds a stage, shares of the workers' wall time, processors and GPUs kept busy, images/s.
 
-    The wall time is that in which some worker was at a shard, and pauses between shards; not starts and restarts.
+    The wall time is that in which some worker was at a shard, and pauses between shards; not starts and restarts. It
+    counts as often as there were workers then, which may be others after a restart.
     """
     notes = [shard.note for shard in shards]
-    wall = _wall([(note["started"], note["ended"]) for note in notes])
+    spans: dict[int, list[tuple[float, float]]] = {}
+    for note in notes:
+        spans.setdefault(note["workers"], []).append((note["started"], note["ended"]))
+    walls = {workers: _wall(those) for workers, those in spans.items()}
+    wall, worked = sum(walls.values()), sum(workers * seconds for workers, seconds in walls.items())
     seconds = {stage: sum(note["seconds"].get(stage, 0.0) for note in notes) for stage in STAGES}
     rows, busy = sum(shard.rows for shard in shards), sum(note["ended"] - note["started"] for note in notes)
     return {
         "wall_seconds": round(wall, 2),
         "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items() if value},
         "decode_seconds": round(sum(note["decode_seconds"] for note in notes), 2),
-        "share_in_kernels": round(sum(seconds[stage] for stage in KERNELS) / (wall * workers), 4),
-        "share_waiting": round(1 - busy / (wall * workers), 4),
+        "share_in_kernels": round(sum(seconds[stage] for stage in KERNELS) / worked, 4),
+        "share_waiting": round(1 - busy / worked, 4),
         "processors_busy": round(sum(note["processor_seconds"] for note in notes) / wall, 2),
         "rows": rows,
         "rows_per_second": round(rows / wall, 1),
         "peak_memory_gib": round(max(note["peak_memory_gib"] for note in notes), 2),
-    } | _gpu(notes, wall * workers)
+    } | _gpu(notes, worked)
 
 
 def _gpu(notes: Sequence[Mapping[str, Any]], worked: float) -> dict[str, float]:
     """The share of the workers' time, `worked` seconds, in which their GPUs were busy, and the largest memory.
 
-    Nothing where there were no GPUs. While a worker waits its GPU does nothing for it.
+    Nothing where there were no GPUs. While a worker waits its GPU does nothing for it; a shard that was done before
+    NVML was asked counts as busy as the others.
     """
-    busy = [note["gpu_busy"] * (note["ended"] - note["started"]) for note in notes if "gpu_busy" in note]
+    spans = [(note["ended"] - note["started"], note.get("gpu_busy")) for note in notes if "gpu_peak_memory_gib" in note]
+    told = [(seconds, share) for seconds, share in spans if share is not None]
     peaks = [note["gpu_peak_memory_gib"] for note in notes if "gpu_peak_memory_gib" in note]
-    found = {"gpu_busy": round(sum(busy) / worked, 4)} if busy else {}
+    found = {}
+    if told:
+        mean = sum(seconds * share for seconds, share in told) / sum(seconds for seconds, _ in told)
+        found["gpu_busy"] = round(mean * sum(seconds for seconds, _ in spans) / worked, 4)
     return found | ({"gpu_peak_memory_gib": round(max(peaks), 2)} if peaks else {})
 
 
@@ -175,10 +215,12 @@ def _wall(spans: Sequence[tuple[float, float]]) -> float:
 class _Worker:
     """A process of Ray Data that makes shards."""
 
-    def __init__(self, maker: Callable[[], Callable[["Shard"], pa.Table]], folder: Path) -> None:
-        self.make, self.folder = maker(), folder
+    def __init__(self, maker: Callable[[], Callable[["Shard"], pa.Table]], folder: Path, workers: int) -> None:
+        self.make, self.folder, self.workers = maker(), folder, workers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        import torch
+
         from cluster.recorder import peak_memory_gib
         from jobs.oodface.meter import gpu_use
         from jobs.oodface.work import Shard
@@ -191,15 +233,22 @@ class _Worker:
                 np.frombuffer(data, np.uint8).reshape(height, width, 3)
                 for data, height, width in zip(row["pixels"], row["heights"], row["widths"], strict=True)
             ]
-            note = {"faces": len(pixels), "lost": row["lost"], "no_face": []}
-            with gpu_use(self.make.clock.device) as gpu:
-                table = (
-                    self.make.empty()
-                    if not pixels
-                    else self.make(Shard(row["index"], row["image_ids"], row["identities"], pixels))
-                )
-            note["no_face"] = table.filter(pc.invert(table["found"]))["image_id"].unique().to_pylist()
-            note |= {
+            shard = Shard(row["index"], row["image_ids"], row["identities"], pixels)
+            try:
+                with gpu_use(self.make.clock.device) as gpu:
+                    table = self.make(shard) if pixels else self.make.empty()
+            except torch.OutOfMemoryError as error:
+                raise JobFailure(
+                    f"the GPU's memory ran out at a shard of {len(pixels)} photographs ({str(error).split('. ')[0]}); "
+                    "lower oodface.faces_per_shard or oodface.batch_size, or raise oodface.gpus_per_worker, and run "
+                    "the same command again to continue"
+                ) from None
+            note = {
+                "faces": len(pixels),
+                "lost": row["lost"],
+                "no_face": table.filter(pc.invert(table["found"]))["image_id"].unique().to_pylist(),
+                "several_faces": table.filter(pc.greater(table["faces"], 1))["image_id"].unique().to_pylist(),
+                "workers": self.workers,
                 "started": started,
                 "ended": time.time(),
                 "processor_seconds": time.process_time() - processor + row["decode_processor_seconds"],
@@ -207,8 +256,8 @@ class _Worker:
                 "seconds": dict(self.make.clock.seconds),
                 "peak_memory_gib": peak_memory_gib(),
             } | gpu
-            shard = datasets.write_shard(self.folder, row["index"], table, note, self.make.rows_per_group)
-            records.append({"index": row["index"], "rows": shard.rows})
+            written = datasets.write_shard(self.folder, row["index"], table, note, self.make.rows_per_group)
+            records.append({"index": row["index"], "rows": written.rows})
         return pa.Table.from_pylist(records)
 
 

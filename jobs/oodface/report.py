@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # the threshold of the clean images is what a deployed system has; a model that answers questions has none
 RULES = ("fixed", "answer")
 STAND_IN = "procedural stand-ins, not the paper's generators"
+MARKED = "* drawn and warped by procedures, which stand in for the paper's generators"
 
 
 def corrupted(content: Mapping[str, Any]) -> None:
@@ -101,6 +102,12 @@ def _cell(metric: Mapping[str, Any] | None) -> str:
 def _left_out(content: Mapping[str, Any]) -> None:
     if content["no_face"]:
         print(f"no face was found in {len(content['no_face'])} images; they were taken whole")
+    if content.get("several_faces"):  # reports of earlier commits have no count
+        print(f"{len(content['several_faces'])} images show several faces; the largest near the middle was taken")
+    dropped, left_out = content.get("pairs_dropped", 0), content.get("pairs_left_out", {})
+    if dropped or any(left_out.values()):
+        told = "".join(f"; {count} more for {model}" for model, count in left_out.items() if count)
+        print(f"{dropped} pairs were left out, an image of which is not there or cannot be read{told}")
     if content["lost"]:
         print(f"{len(content['lost'])} images could not be read any more and were left out")
 
@@ -126,10 +133,10 @@ def heat_map(content: Mapping[str, Any]) -> Figure:
     found = [[_fall(content["metrics"][model], name) for name in scenarios] for model in models]
     falls = np.array(found, dtype=float)  # None becomes NaN
     most = 100 * float(np.nanmax(falls, initial=0))
-    figure = Figure((max(7, 3 + 0.42 * len(scenarios)), 2.6 + 0.4 * len(models)), layout="constrained")
+    figure = Figure((max(7, 3 + 0.42 * len(scenarios)), 2.8 + 0.4 * len(models)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(100 * falls, cmap="magma_r", vmin=0, vmax=max(5.0, most), aspect="auto")
-    axes.set_xticks(range(len(scenarios)), [SCENARIOS[name].title for name in scenarios], rotation=60, ha="right")
+    axes.set_xticks(range(len(scenarios)), [_title(name) for name in scenarios], rotation=60, ha="right")
     axes.set_yticks(range(len(models)), models)
     for row, column in np.ndindex(falls.shape):
         percent = 100 * falls[row, column]
@@ -144,7 +151,10 @@ def heat_map(content: Mapping[str, Any]) -> Figure:
             fontsize=8,
         )
     figure.colorbar(image, label="fall (% of clean)")
-    axes.set_title("Relative corruption and variation errors, mean over severities")
+    told = {"fixed": "at the threshold of the clean images", "answer": "of pairs told rightly"}[_rule(content)]
+    axes.set_title(f"Relative corruption and variation errors {told}, mean over severities", fontsize=10)
+    if any(name in PROCEDURAL for name in scenarios):
+        figure.supxlabel(MARKED, fontsize=8)
     return figure
 
 
@@ -221,24 +231,31 @@ def grid(run: Run, shard: Any) -> Figure:
     severities = sorted({severity for _, severity in run.conditions if severity})
     blocks = 2 if len(scenarios) > 5 else 1
     rows, width = math.ceil(len(scenarios) / blocks), len(severities) + 1
-    figure = Figure((1.15 * (width * blocks + 0.9 * blocks), 1.15 * rows + 0.4))
+    foot = 0.3 if any(name in PROCEDURAL for name in scenarios) else 0.0  # rows' heights, for a line below them
+    high = rows + 0.35 + foot
+    figure = Figure((1.15 * (width * blocks + 0.9 * blocks), 1.15 * high))
     for at, name in enumerate(scenarios):
         block, row = divmod(at, rows)
         for column, severity in enumerate([0, *severities]):
             condition = (name, severity) if severity else CLEAN
             left = (0.95 * (block + 1) + block * width + column) / (width * blocks + 0.95 * blocks)
-            size = (0.97 / (width * blocks + 0.95 * blocks), 0.97 / (rows + 0.35))
-            axes = figure.add_axes((left, (rows - 1 - row) / (rows + 0.35), *size))
+            size = (0.97 / (width * blocks + 0.95 * blocks), 0.97 / high)
+            axes = figure.add_axes((left, (rows - 1 - row + foot) / high, *size))
             axes.imshow(faces.under(crops, shard.image_ids, *condition)[0].permute(1, 2, 0).cpu().numpy())
             axes.axis("off")
             if row == 0:
                 axes.set_title(str(severity) if severity else "clean", fontsize=9)
             if column == 0:
-                label = SCENARIOS[name].title + ("*" if name in PROCEDURAL else "")
-                axes.text(
-                    -0.06, 0.5, label.replace(" ", "\n"), ha="right", va="center", transform=axes.transAxes, fontsize=9
-                )
+                label = _title(name).replace(" ", "\n")
+                axes.text(-0.06, 0.5, label, ha="right", va="center", transform=axes.transAxes, fontsize=9)
+    if foot:
+        figure.text(0.5, foot / 2 / high, MARKED, ha="center", va="center", fontsize=8)
     return figure
+
+
+def _title(name: str) -> str:
+    """As in the paper's table, with a mark for what is procedural."""
+    return SCENARIOS[name].title + ("*" if name in PROCEDURAL else "")
 
 
 def _scenarios(content: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """What OODFace reports of a model: accuracies clean and under every condition, and how far they fall.
 
 Every mean is over the paper's whole set of conditions; one over fewer of them, as a small run has, is called so by the
-ending `.selected`. Formulas: OODFace (papers' A6), in the convention of Dong et al., arXiv 2303.11040:
+ending `.selected`. The names are OODFace's; the formulas, of which its summaries say nothing, those of the same group's
+benchmark of 3D detection (Dong et al., arXiv 2303.11040):
 Acc_c = mean over severities, Acc_cor and Acc_var = mean over 20 corruptions and 10 variations of Acc_c,
 RCE_c = (Acc_clean - Acc_c) / Acc_clean, RCE and RVE the same of Acc_cor and Acc_var.
 """

@@ -5,7 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import runs, session
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster import datasets, runs, session
 from cluster.errors import UserError, paths_named
 from cluster.report import digest
 from cluster.tracking import masked
@@ -17,9 +21,10 @@ from jobs.oodface.scenarios import selected
 from jobs.oodface.sources import LAYOUTS
 
 if TYPE_CHECKING:
+    from jobs.oodface.plan import Demand
     from jobs.oodface.work import Plan
 
-VERSION = 3  # of what shards hold: another number makes all of them again
+VERSION = 4  # of what shards hold: another number makes all of them again
 # what decides how fast shards are made and not what they hold; scenarios and severities count as conditions
 SPEED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "corrupt", "evaluate", "ask"}
 SPEED |= {"scenarios", "severities", "clean", "near_duplicates"}
@@ -56,11 +61,11 @@ def prepare(config: OodfaceConfig, out: Path | None, command: str, what: str) ->
         pairs, versions = _pairs(config), _versions(config, what)
     else:
         _require_small_shards(dials, len(conditions) + dials.clean)
+    own = dials.model_dump(exclude=SPEED) | {what: getattr(dials, what).model_dump(exclude={"endpoints"})}
     if dials.frost is not None:
-        require_textures(Path(dials.frost))
+        own["frost"] = digest(require_textures(Path(dials.frost)))
     if dials.clean or what != "corrupt":
         conditions.insert(0, CLEAN)
-    own = dials.model_dump(exclude=SPEED) | {what: getattr(dials, what).model_dump(exclude={"endpoints"})}
     if what == "ask":  # of any models: another one is asked about the same photographs
         own |= {"evaluate": dials.evaluate.model_dump(include={"missing", "resamples"})}
     told = None if pairs is None else [list(map(int, pairs.fold)), pairs.same.tolist(), pairs.image_a, pairs.image_b]
@@ -83,6 +88,44 @@ def dry_run(config: OodfaceConfig, what: str) -> None:
     if run.pairs is not None:
         asked = f" ({len(run.pairs) * len(run.conditions)} questions each)" if what == "ask" else ""
         print(f"{len(run.pairs)} pairs of {len(run.pairs.images())} images; models: {', '.join(run.versions)}{asked}")
+    planned = demanded(run, what, catalogued(run))
+    planned.show()
+    planned.require_fit()
+
+
+def demanded(run: Run, what: str, rows: pa.Table | None) -> "Demand":
+    """What the run takes of its machine; `rows` are those of the catalogue, None before it is made."""
+    from jobs.oodface.plan import demand
+
+    images = None if run.pairs is None else len(run.pairs.images())
+    return demand(run.config, what, len(run.conditions), rows, images)
+
+
+def catalogue_folder(config: OodfaceConfig) -> Path:
+    """Where the images' catalogue lies, shared by all runs on them."""
+    dials = config.oodface
+    name = f"catalogue-{digest([dials.layout, dials.images, dials.near_duplicates])}"
+    return session.storage(config) / "oodface" / name
+
+
+def catalogued(run: Run) -> pa.Table | None:
+    """The rows of an earlier run's catalogue that this one is about, None where there is none."""
+    folder = catalogue_folder(run.config)
+    try:
+        manifest = datasets.read_manifest(folder)
+    except UserError:  # a damaged one is made again
+        return None
+    if manifest is None or not all(file.exists() for file in manifest.files(folder)):
+        return None
+    rows = usable(manifest.files(folder))
+    return rows if run.pairs is None else rows.filter(pc.is_in(rows["image_id"], pa.array(run.pairs.images())))
+
+
+def usable(files: Sequence[Path]) -> pa.Table:
+    """The rows of a catalogue's images that can be read."""
+    columns = ["image_id", "identity", "path", "row", "place", "width", "height", "readable"]
+    table = pa.concat_tables(pq.read_table(file, columns=columns) for file in files)
+    return table.filter(table["readable"])
 
 
 def work_plan(config: OodfaceConfig, conditions: Sequence[tuple[str, int]]) -> "Plan":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.errors import UserError
@@ -19,7 +20,7 @@ from jobs.oodface.work import NONE
 
 Condition = tuple[str, int]
 IN_MEMORY = 2 << 30  # bytes of one model's embeddings
-BYTES_A_ROW = 4 * 512  # float32, of the larger models
+FLOAT32 = 4  # bytes
 
 
 def score(files: Sequence[Path], pairs: Pairs, conditions: Sequence[Condition], dials: Oodface) -> dict[str, Any]:
@@ -49,15 +50,25 @@ def _scores(
     if not names:
         raise UserError("not one image could be read when its turn came; check oodface.images and run it with --fresh")
     for model in names:
+        size = _size(files, model)
         for defence in defences:
             scores: dict[Condition, Scores] = {}
             # conditions are many and alike, so that few of them are read in one pass over the files, or all
-            passes = max(1, math.ceil(rows / len(names) / len(defences) * BYTES_A_ROW / IN_MEMORY))
+            passes = max(1, math.ceil(rows / len(names) / len(defences) * size * FLOAT32 / IN_MEMORY))
             each = math.ceil(len(conditions) / passes)
             for start in range(0, len(conditions), each):  # neighbours, which share groups of rows in the files
                 now = set(conditions[start : start + each])
                 scores |= _of_conditions(files, pairs, wanted, model, defence, now)
             yield model if defence == NONE else f"{model}+{defence}", scores
+
+
+def _size(files: Sequence[Path], model: str) -> int:
+    """Numbers of one of the model's embeddings."""
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches(1024, columns=["model", "embedding"]):
+            if len(found := batch.filter(pc.equal(batch["model"], model))):
+                return len(found["embedding"][0])
+    raise AssertionError(model)
 
 
 def _of_conditions(
@@ -76,7 +87,16 @@ def _of_conditions(
             compared = [index for index, name in enumerate(image_ids) if name in known]
             ids += [known[image_ids[index]] for index in compared]
             parts.append(embeddings[compared])
-    return {condition: pair_scores(pairs, ids, np.concatenate(parts)) for condition, (ids, parts) in collected.items()}
+    behind = "" if defence == NONE else f" behind {defence}"
+    return {
+        (name, level): pair_scores(
+            pairs,
+            ids,
+            np.concatenate(parts),
+            f"{model}{behind} under {name}" + (f" at severity {level}" if level else ""),
+        )
+        for (name, level), (ids, parts) in collected.items()
+    }
 
 
 def _by_condition(table: Any) -> Iterator[tuple[Condition, list[str], np.ndarray]]:

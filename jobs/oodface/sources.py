@@ -105,7 +105,7 @@ def ytf(root: Path) -> Iterator[Located]:
 
     Frames are ordered by the numbers in their names; of n the one at n // 2, counted from 0, is taken. The original
     script names another frame for five videos; we do not have that list, so they have their middle frame here too.
-    Source: OODFace, evaluation script of its repository (A6); Wolf et al., YouTube Faces, 2011.
+    Source: OODFace, the evaluation script of its repository; Wolf et al., YouTube Faces, 2011.
     """
     for name in _entries(root):
         for video in _entries(name) if name.is_dir() else ():

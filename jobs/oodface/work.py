@@ -6,7 +6,7 @@ of workers or what ran before.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,16 +25,17 @@ from jobs.oodface.config import Corrupt
 from jobs.oodface.corruptions.occlusion import Frost
 from jobs.oodface.defences import defended
 from jobs.oodface.faces import models
-from jobs.oodface.faces.align import DLIB_YUNET, TEMPLATES, Template, align
+from jobs.oodface.faces.align import DLIB_YUNET, TEMPLATES, Aligned, Template, align
 from jobs.oodface.faces.config import OnnxFace
-from jobs.oodface.faces.detector import load_detector
+from jobs.oodface.faces.detector import choose, load_detector
 from jobs.oodface.randomness import keys
 from jobs.oodface.scenario import CLEAN, Images, Scenario
-from jobs.oodface.scenarios import distort, find
+from jobs.oodface.scenarios import PROCEDURAL, distort, find
 from jobs.oodface.sources import stays_inside
 from jobs.oodface.variations.base import SIDE, Landmarks, fitting
 
 NONE = "none"  # no defence
+PIXELS_AT_ONCE = 1 << 25  # of photographs as floats, 12 bytes each, or of one that has more
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,15 @@ class Clock:
 
 @dataclass(frozen=True)
 class Crops:
-    """A shard's faces at one template; the landmarks of a face that was not found are the template's own."""
+    """A shard's faces at one template; the landmarks of a face that was not found are the template's own.
+
+    faces: how many the photograph shows, of which one was chosen.
+    """
 
     images: Images
     landmarks: Landmarks
     found: list[bool]
+    faces: list[int]
 
 
 class Faces:
@@ -108,17 +113,23 @@ class Faces:
     def aligned(self, shard: Shard, templates: Sequence[Template]) -> dict[str, Crops]:
         """The crops at each template, by its name."""
         with self.clock("align"):
-            images = [_image(one, self.device) for one in shard.pixels]
-            faces = self.detector.portraits(images)
+            parts = [self._aligned(part, templates) for part in _in_parts(shard.pixels)]
             found = {}
-            for template in templates:
-                made = align(images, faces, template)
-                # aligners write files of 8 bits, and scenarios act on those
-                crops = (made.crops * 255).round_().div_(255) if self.plan.truncate else made.crops
-                found[template.name] = Crops(
-                    crops, fitting(made.landmarks, crops, _points(template)), made.found.tolist()
-                )
+            for template, made in zip(templates, zip(*(aligned for aligned, _ in parts), strict=True), strict=True):
+                crops = torch.cat([one.crops for one in made])
+                if self.plan.truncate:  # aligners write files of 8 bits, and scenarios act on those
+                    crops.mul_(255).round_().div_(255)
+                landmarks = fitting(torch.cat([one.landmarks for one in made]), crops, _points(template))
+                there = torch.cat([one.found for one in made]).tolist()
+                found[template.name] = Crops(crops, landmarks, there, [count for _, part in parts for count in part])
             return found
+
+    def _aligned(self, pixels: list[np.ndarray], templates: Sequence[Template]) -> tuple[list[Aligned], list[int]]:
+        """Crops a template, and how many faces each photograph shows."""
+        images = [_image(one, self.device) for one in pixels]
+        found = self.detector.detect(images)
+        chosen = [choose(faces, image.shape[2], image.shape[1]) for faces, image in zip(found, images, strict=True)]
+        return [align(images, chosen, template) for template in templates], [len(faces) for faces in found]
 
     def under(self, crops: Crops, image_ids: Sequence[str], scenario: str, severity: int) -> Images:
         """The crops under a condition."""
@@ -149,7 +160,7 @@ class Writer:
         self.encode = encoder(dials.format, dials.quality)
 
     def __call__(self, shard: Shard) -> pa.Table:
-        """Rows: image_id, identity, scenario, severity, found, and image {bytes, path} or file and sha256.
+        """Rows: image_id, identity, scenario, severity, found, faces, and image {bytes, path} or file and sha256.
 
         Files are on the disk when it returns, before an entry says that the shard is there.
 
@@ -168,10 +179,10 @@ class Writer:
             images = self.faces.under(crops, shard.image_ids, scenario, severity)
             with self.clock("encode"):
                 kept = self._kept(images, shard.image_ids, Path(scenario, str(severity)))
-            for image_id, identity, found, one in zip(
-                shard.image_ids, shard.identities, crops.found, kept, strict=True
+            for image_id, identity, found, faces, one in zip(
+                shard.image_ids, shard.identities, crops.found, crops.faces, kept, strict=True
             ):
-                told = {"scenario": scenario, "severity": severity, "found": found}
+                told = {"scenario": scenario, "severity": severity, "found": found, "faces": faces}
                 rows.append({"image_id": image_id, "identity": identity} | told | one)
         if self.dials.output == "folders":
             with self.clock("write"):
@@ -199,7 +210,7 @@ class Writer:
     def _schema(self) -> pa.Schema:
         text = pa.string()
         columns = [("image_id", text), ("identity", text), ("scenario", text), ("severity", pa.int8())]
-        columns.append(("found", pa.bool_()))
+        columns += [("found", pa.bool_()), ("faces", pa.int16())]
         if self.dials.output == "parquet":
             columns.append(("image", pa.struct([("bytes", pa.binary()), ("path", text)])))
         else:
@@ -208,7 +219,10 @@ class Writer:
         features = {field.name: {"dtype": str(field.type), "_type": "Value"} for field in schema}
         if self.dials.output == "parquet":
             features["image"] = {"_type": "Image"}  # what makes `datasets` decode the column
-        return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        told = {"huggingface": json.dumps({"info": {"features": features}})}
+        if drawn := [name for name in PROCEDURAL if name in dict(self.faces.plan.conditions)]:
+            told["procedural_stand_ins"] = json.dumps(drawn)  # who finds the shards alone shall know
+        return schema.with_metadata(told)
 
 
 class Embedder:
@@ -223,7 +237,7 @@ class Embedder:
         self.clock = self.faces.clock
 
     def __call__(self, shard: Shard) -> pa.Table:
-        """Rows: image_id, scenario, severity, defence, model, found, embedding (float32, of length 1)."""
+        """Rows: image_id, scenario, severity, defence, model, found, faces, embedding (float32, of length 1)."""
         templates = {model.template.name: model.template for model in self.models}
         crops = self.faces.aligned(shard, list(templates.values()))
         parts = []
@@ -233,15 +247,15 @@ class Embedder:
                 for defence in self.defences:
                     with self.clock("embed"):
                         embeddings = self._embedded(model, changed[model.template.name], defence, shard.image_ids)
-                    found = crops[model.template.name].found
+                    told = {"found": crops[model.template.name].found, "faces": crops[model.template.name].faces}
                     parts.append(
-                        _embedding_rows(shard.image_ids, scenario, severity, defence, model.name, found, embeddings)
+                        _embedding_rows(shard.image_ids, scenario, severity, defence, model.name, told, embeddings)
                     )
         return pa.concat_tables(parts)
 
     def empty(self) -> pa.Table:
         """The table of a shard of which no image could be read."""
-        return _embedding_rows([], *CLEAN, NONE, "", [], np.zeros((0, 1), np.float32))
+        return _embedding_rows([], *CLEAN, NONE, "", {"found": [], "faces": []}, np.zeros((0, 1), np.float32))
 
     def _embedded(
         self, model: models.FaceModel, images: Images, defence: str, image_ids: Sequence[str]
@@ -260,8 +274,8 @@ SUFFIXES = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 
 
 def bits(images: Images) -> UInt8[np.ndarray, "batch 3 height width"]:
-    """Images as 8 bits; what lies outside [0, 1] is cut."""
-    return images.clamp(0, 1).mul_(255).to(torch.uint8).cpu().numpy()
+    """Images as 8 bits, the nearest of the 256 values; what lies outside [0, 1] is cut."""
+    return images.clamp(0, 1).mul_(255).round_().to(torch.uint8).cpu().numpy()
 
 
 def encoder(format: str, quality: int) -> Callable[[UInt8[np.ndarray, "3 height width"]], bytes]:
@@ -292,6 +306,19 @@ def _points(template: Template) -> list[tuple[float, float]]:
     return [((x + 0.5) * scale - middle + SIDE / 2 - 0.5, (y + 0.5) * scale - 0.5) for x, y in points]
 
 
+def _in_parts(pixels: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """The photographs of a shard, some of `PIXELS_AT_ONCE` together; as floats they take four times their bytes."""
+    part, held = [], 0
+    for one in pixels:
+        size = one.shape[0] * one.shape[1]
+        if part and held + size > PIXELS_AT_ONCE:
+            yield part
+            part, held = [], 0
+        part.append(one)
+        held += size
+    yield part
+
+
 def _image(pixels: np.ndarray, device: torch.device) -> Float[Tensor, "3 height width"]:
     return torch.tensor(pixels, device=device).permute(2, 0, 1).float().div_(255)
 
@@ -302,7 +329,7 @@ def _embedding_rows(
     severity: int,
     defence: str,
     model: str,
-    found: list[bool],
+    told: Mapping[str, Sequence[int]],
     embeddings: Float[np.ndarray, "images dim"],
 ) -> pa.Table:
     count, size = embeddings.shape
@@ -313,4 +340,5 @@ def _embedding_rows(
     flat = pa.array(np.ascontiguousarray(embeddings, np.float32).reshape(-1))
     starts = pa.array(np.arange(count + 1) * size, pa.int32())  # models differ in size
     embedding = pa.ListArray.from_arrays(starts, flat)
-    return pa.table(columns | {"found": pa.array(found, pa.bool_()), "embedding": embedding})
+    columns |= {"found": pa.array(told["found"], pa.bool_()), "faces": pa.array(told["faces"], pa.int16())}
+    return pa.table(columns | {"embedding": embedding})

@@ -35,8 +35,12 @@ def test_extensions_have_columns_of_their_own():
 
 
 def test_the_heat_map_has_a_column_a_scenario():
-    axes = report.heat_map(content("fog", "makeup", "extensions")).axes[0]
-    assert [one.get_text() for one in axes.get_xticklabels()] == ["Fog", "Makeup", "Elastic Transform", "Face Mask"]
+    figure = report.heat_map(content("fog", "makeup", "extensions"))
+    shown = [one.get_text() for one in figure.axes[0].get_xticklabels()]
+    assert shown == ["Fog", "Makeup*", "Elastic Transform", "Face Mask*"]
+    assert "threshold of the clean images" in figure.axes[0].get_title()
+    assert figure.get_supxlabel() == report.MARKED
+    assert not report.heat_map(content("fog")).get_supxlabel()
 
 
 def test_curves_are_those_of_the_thirty():
@@ -75,3 +79,13 @@ def test_a_model_without_an_error_has_curves():
     assert all(one.value <= 1 and one.ci95[1] <= 1 for one in found.metrics.values())
     metrics = {name: metric.to_json() for name, metric in found.metrics.items()}
     assert len(report.curves({"metrics": {"m": metrics}}).axes) == 2
+
+
+def test_what_was_left_out_is_told(capsys):
+    found = content("fog") | {"several_faces": ["a", "b"], "pairs_dropped": 3, "pairs_left_out": {"m": 2, "n": 0}}
+    report.evaluated(found)
+    printed = capsys.readouterr().out
+    assert "2 images show several faces; the largest near the middle was taken" in printed
+    assert "3 pairs were left out, an image of which is not there or cannot be read; 2 more for m\n" in printed
+    report.evaluated(content("fog") | {"pairs_dropped": 0, "pairs_left_out": {"m": 0}})
+    assert "left out" not in capsys.readouterr().out

@@ -1,25 +1,24 @@
-"""Shards without a cluster: what a shard holds, how it is cut, where the time went, and what stands before a model."""
+"""Shards without a cluster: what a shard holds, what decides it, what stands before a model, and what is refused."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
-import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray.data
 import torch
 from datasets import load_dataset
 from PIL import Image
 
 from cluster import datasets
 from cluster.config import load
-from cluster.datasets import Shard as Written
 from cluster.errors import UserError
-from jobs.oodface import drawn, meter, pipeline, scoring, work
+from jobs.oodface import drawn, pipeline, scoring, work
 from jobs.oodface.config import Corrupt, OodfaceConfig
 from jobs.oodface.defences import defended
 from jobs.oodface.faces.align import ARCFACE_96, DLIB, DLIB_YUNET
@@ -89,7 +88,8 @@ def test_embeddings_have_a_row_a_model_and_defence(shard):
     table = embedder(shard)
     assert table.num_rows == 5 * len(CONDITIONS) * 2
     assert embedder.empty().schema == table.schema
-    other = work._embedding_rows(["a"], *CLEAN, "none", "larger", [True], np.ones((1, 512), np.float32))
+    told = {"found": [True], "faces": [2]}
+    other = work._embedding_rows(["a"], *CLEAN, "none", "larger", told, np.ones((1, 512), np.float32))
     assert pa.concat_tables([table, other]).num_rows == table.num_rows + 1
     assert list(scoring._by_condition(embedder.empty())) == []
     norms = np.linalg.norm(np.array(table["embedding"].to_pylist()), axis=1)
@@ -139,12 +139,14 @@ def test_scores_of_which_nothing_is_left_are_refused_and_an_empty_shard_is_none(
     dials = load(OodfaceConfig, sets=["oodface.scenarios=[fog]", "oodface.severities=[1]"], environ={}).oodface
     files = []
     for index, images in enumerate([(), ("a", "b", "c", "d")]):
-        tables = [work._embedding_rows([], *CLEAN, "none", "", [], np.zeros((0, 1), np.float32))]
+        none = {"found": [], "faces": []}
+        tables = [work._embedding_rows([], *CLEAN, "none", "", none, np.zeros((0, 1), np.float32))]
         for condition in (CLEAN, ("fog", 1)):
             turned = (
                 np.eye(4, dtype=np.float32)[[0, 0, 1, 2]][: len(images)] if images else np.zeros((0, 4), np.float32)
             )
-            tables.append(work._embedding_rows(images, *condition, "none", "m", [True] * len(images), turned))
+            told = {"found": [True] * len(images), "faces": [1] * len(images)}
+            tables.append(work._embedding_rows(images, *condition, "none", "m", told, turned))
         written = datasets.write_shard(tmp_path, index, pa.concat_tables(tables))
         files.append(tmp_path / written.file)
     pairs = Pairs(np.array([0, 0]), np.array([True, False]), ("a", "c"), ("b", "d"), ("1", "2"))
@@ -161,42 +163,9 @@ def test_scores_of_which_nothing_is_left_are_refused_and_an_empty_shard_is_none(
     monkeypatch.setattr(scoring.pq, "read_table", reading)
     assert scoring.score(files, pairs, (CLEAN, ("fog", 1)), dials) == found
     assert sum(rows) == 2 * 4  # every row once
+    assert scoring._size(files, "m") == 4
     with pytest.raises(UserError, match="not one image could be read"):
         scoring.score(files[:1], pairs, (CLEAN, ("fog", 1)), dials)
-
-
-def test_shards_follow_the_image_ids_alone():
-    none = pa.nulls(5, pa.int64())
-    rows = pa.table({"image_id": ["c", "a", "b", "e", "d"], "path": list("12345"), "row": none})
-    cut = pipeline.tasks(rows, 2)
-    assert [task.index for task in cut] == [0, 1, 2]
-    assert [task.rows["image_id"].to_pylist() for task in cut] == [["a", "b"], ["c", "d"], ["e"]]
-
-
-def test_rows_of_one_parquet_file_stay_together():
-    rows = pa.table({"image_id": ["a", "b", "c", "d"], "row": [11, 2, 9, 1], "place": [1, 3, 0, 2]})
-    cut = pipeline.tasks(rows, 2)
-    assert [task.rows["image_id"].to_pylist() for task in cut] == [["c", "a"], ["d", "b"]]
-
-
-@pytest.mark.parametrize(("workers", "shards", "at_once"), [(1, 9, 2), (3, 9, 6), (8, 2, 4)])
-def test_two_shards_a_worker_are_decoded_at_once(tmp_path, monkeypatch, workers, shards, at_once):
-    stages = []
-
-    class Stream:
-        def map_batches(self, function, **settings):
-            stages.append(settings["compute"].size if function is pipeline._decoded else settings["compute"].max_size)
-            return self
-
-        def iter_batches(self, **_):
-            return iter([pa.table({"rows": [1]})])
-
-    monkeypatch.setattr(ray.data, "from_blocks", lambda blocks: Stream())
-    rows = pa.table({"image_id": ["a"], "identity": ["A"], "path": ["a"], "row": pa.nulls(1, pa.int64())})
-    todo = [pipeline.Task(index, rows) for index in range(shards)]
-    dials = load(OodfaceConfig, sets=[f"oodface.num_workers={workers}"], environ={}).oodface
-    assert list(pipeline.run(todo, tmp_path, lambda: None, dials)) == [{"rows": 1}]
-    assert stages == [at_once, min(workers, shards)]
 
 
 def test_a_face_that_is_not_found_in_a_dlib_chip_has_the_chips_points():
@@ -208,33 +177,6 @@ def test_a_face_that_is_not_found_in_a_dlib_chip_has_the_chips_points():
         crops = torch.zeros(1, 3, template.height, template.width)
         placed = fitting(torch.full((1, 5, 2), float("nan")), crops, _points(template))
         assert torch.allclose(placed[0], torch.tensor(points), atol=1e-3)
-
-
-def test_what_cannot_be_read_any_more_is_listed_and_large_photographs_are_reduced(tmp_path):
-    Image.new("RGB", (400, 100), (10, 20, 30)).save(tmp_path / "a.png")
-    rows = {
-        "image_id": ["a", "gone"],
-        "identity": ["A", None],
-        "path": [str(tmp_path / "a.png"), str(tmp_path / "gone.png")],
-        "row": [None, None],
-    }
-    block = pipeline._block(pipeline.Task(7, pa.table(rows)))
-    [row] = pipeline._decoded(block, 200).to_pylist()
-    assert (row["index"], row["image_ids"], row["heights"], row["widths"]) == (7, ["a"], [50], [200])
-    assert [one["image_id"] for one in row["lost"]] == ["gone"]
-    assert row["pixels"][0][:3] == bytes([10, 20, 30])
-
-
-def test_the_wall_time_leaves_out_the_hours_between_two_drivers():
-    def note(started: float, ended: float) -> Written:
-        made = {"started": started, "ended": ended, "seconds": {"distort": 1.0, "embed": 2.0}, "decode_seconds": 0.5}
-        return Written("part-00000.parquet", 10, 1, "", (), made | {"processor_seconds": 4.0, "peak_memory_gib": 1.0})
-
-    found = pipeline.summary([note(0, 5), note(6, 10), note(5000, 5010)], 1)
-    assert found["wall_seconds"] == 20
-    assert found["share_in_kernels"] == pytest.approx(9 / 20)
-    assert found["share_waiting"] == pytest.approx(1 / 20)
-    assert found["rows_per_second"] == 1.5
 
 
 def test_drawn_people_have_faces_and_pairs(tmp_path):
@@ -333,31 +275,39 @@ def test_a_user_reads_what_is_wrong_with_the_images():
     assert lines[-1] == "one picture under two names: a, b"
 
 
-def test_a_gpu_is_looked_at_while_a_shard_is_made(monkeypatch):
-    looks = iter([20, 100])
-    ended = threading.Event()
-
-    def utilization(device: torch.device) -> int:
-        value = next(looks, None)
-        if value is None:
-            ended.set()
-        return 60 if value is None else value
-
-    monkeypatch.setattr(meter, "EVERY_S", 0.001)
-    monkeypatch.setattr(torch.cuda, "utilization", utilization)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
-    with meter.gpu_use(torch.device("cuda", 0)) as found:
-        ended.wait(10)
-    assert found == {"gpu_busy": pytest.approx(0.6), "gpu_peak_memory_gib": 3}
-    with meter.gpu_use(torch.device("cpu")) as found:
-        pass
-    assert found == {}
-    notes = [{"gpu_busy": 0.5, "started": 0, "ended": 3}, {"gpu_busy": 0.9, "started": 0, "ended": 1}, {}]
-    assert pipeline._gpu(notes, 6) == {"gpu_busy": 0.4}
-
-
 @pytest.mark.parametrize("gpus", [1.5, 2])
 def test_a_worker_has_one_gpu_at_most(gpus):
     with pytest.raises(UserError, match=r"oodface\.gpus_per_worker.* 1"):
         load(OodfaceConfig, sets=[f"oodface.gpus_per_worker={gpus}"], environ={})
+
+
+def test_photographs_pass_in_parts_and_make_the_same_shard(shard, tmp_path, monkeypatch):
+    whole = Writer(plan(16), Corrupt(), tmp_path)(shard)
+    sizes = [one.shape[0] * one.shape[1] for one in shard.pixels]
+    monkeypatch.setattr(work, "PIXELS_AT_ONCE", sizes[0] + sizes[1])
+    parts = [len(part) for part in work._in_parts(shard.pixels)]
+    assert parts == [2, 1, 1, 1]
+    assert Writer(plan(16), Corrupt(), tmp_path)(shard).equals(whole)
+    monkeypatch.setattr(work, "PIXELS_AT_ONCE", 1)
+    assert [len(part) for part in work._in_parts(shard.pixels)] == [1] * 5
+
+
+def test_shards_name_their_stand_ins_and_floats_become_the_nearest_bits(shard, tmp_path):
+    writer = Writer(replace(plan(16), truncate=False), Corrupt(), tmp_path)
+    assert json.loads(writer.empty().schema.metadata[b"procedural_stand_ins"]) == ["makeup"]
+    fog = Writer(Plan((("fog", 1),), 0, True, None, 16), Corrupt(), tmp_path)
+    assert b"procedural_stand_ins" not in fog.empty().schema.metadata
+    crops = writer.faces.aligned(shard, [ARCFACE_96])["arcface_96"].images
+    assert not torch.equal(crops * 255, (crops * 255).round())
+    assert np.array_equal(bits(crops), (crops.clamp(0, 1) * 255).round().byte().numpy())
+
+
+def test_frost_of_ones_own_is_known_by_its_content(tmp_path):
+    sizes = {"frost1.png": 200, "frost2.png": 210, "frost4.jpg": 220, "frost5.jpg": 230}
+    for name, side in sizes.items():
+        Image.new("RGB", (side, side), (side, 0, 0)).save(tmp_path / name)
+    config = load(OodfaceConfig, sets=["oodface.images=.", f"oodface.frost={tmp_path}"], environ={})
+    before = prepare(config, None, "", "corrupt").state["identity"]
+    assert prepare(config, None, "", "corrupt").state["identity"] == before
+    Image.new("RGB", (200, 200), (1, 2, 3)).save(tmp_path / "frost1.png")
+    assert prepare(config, None, "", "corrupt").state["identity"] != before

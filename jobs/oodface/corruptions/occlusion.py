@@ -1,5 +1,6 @@
 """Occlusion: random ellipses, frost, spatter."""
 
+import hashlib
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -122,14 +123,15 @@ def _frost_file(folder: Path | None, name: str) -> np.ndarray:
     return texture
 
 
-def require_textures(folder: Path) -> None:
-    """Looks into a folder of the user's own.
+def require_textures(folder: Path) -> list[str]:
+    """The SHA-256 of each texture in a folder of the user's own, in the order of `FROST`.
 
     Raises:
         UserError: one of the textures is not there, or no image.
     """
     for name in FROST:
         _frost_file(folder, name)
+    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FROST]
 
 
 def _shipped() -> Path:

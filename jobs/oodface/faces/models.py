@@ -87,15 +87,28 @@ def load(
     """
     if isinstance(entry, OnnxFace):
         return _own(entry, threads).to(device, dtype)
-    if entry not in _READERS:
-        nearest = difflib.get_close_matches(entry, _READERS, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"there is no face model '{entry}'; the nearest of {', '.join(_READERS)} is {nearest}, and a model of your "
-            "own is a section with name and path"
-        )
-    template, weights, read = _READERS[entry]
+    template, weights, read = _reader(entry)
     path = weights.locate()
     return FaceModel(entry, template, weights.sha256, read(path)).to(device, dtype)
+
+
+def template_of(entry: str | OnnxFace) -> Template:
+    """The crops that a model of a configuration expects, without its weights.
+
+    Raises:
+        UserError: no such name.
+    """
+    return TEMPLATES[entry.template] if isinstance(entry, OnnxFace) else _reader(entry)[0]
+
+
+def _reader(name: str) -> tuple[Template, PackagedFile, Callable[[Path], Network]]:
+    if name not in _READERS:
+        nearest = difflib.get_close_matches(name, _READERS, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"there is no face model '{name}'; the nearest of {', '.join(_READERS)} is {nearest}, and a model of your "
+            "own is a section with name and path"
+        )
+    return _READERS[name]
 
 
 # The names are those of `config.BUILT_IN`.
