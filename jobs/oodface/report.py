@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # the threshold of the clean images is what a deployed system has; a model that answers questions has none
 RULES = ("fixed", "answer")
 STAND_IN = "procedural stand-ins, not the paper's generators"
-MARKED = "* drawn and warped by procedures, which stand in for the paper's generators"
+MARKED = "* procedural stand-ins for the paper's generators"
 
 
 def corrupted(content: Mapping[str, Any]) -> None:

@@ -115,7 +115,7 @@ def distort(
 
     A sample depends on its image, severity and key alone: on a CPU bit for bit. On a GPU it should differ in last
     digits, and by more where a scenario itself rounds, as snow does, or compares with a threshold; the test for that
-    (tests/unit/test_corruptions.py, marked gpu) has not met a GPU yet.
+    (tests/unit/test_corruptions_on_gpu.py) has not met a GPU yet.
 
     Args:
         images: RGB in [0, 1].

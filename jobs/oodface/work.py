@@ -32,6 +32,7 @@ from jobs.oodface.randomness import keys
 from jobs.oodface.scenario import CLEAN, Images, Scenario
 from jobs.oodface.scenarios import PROCEDURAL, distort, find
 from jobs.oodface.sources import stays_inside
+from jobs.oodface.threads import use_threads
 from jobs.oodface.variations.base import SIDE, Landmarks, fitting
 
 NONE = "none"  # no defence
@@ -44,7 +45,7 @@ class Plan:
 
     conditions: scenario and severity, ("clean", 0) for the crop as it is.
     threads: of torch. processors: of the worker beside the one that decodes: files that are encoded at a time, and
-        threads of an ONNX model that a GPU does not compute.
+        threads of what a GPU does not compute: JPEG, drops of water, an ONNX model without a GPU build.
     """
 
     conditions: tuple[tuple[str, int], ...]
@@ -102,6 +103,7 @@ class Faces:
     def __init__(self, plan: Plan) -> None:
         torch.set_num_threads(plan.threads)
         self.plan, self.device = plan, torch.device(plan.device)
+        use_threads(plan.processors if self.device.type == "cuda" else plan.threads)
         if self.device.type == "cuda":
             # TF32, and algorithms chosen by batch size, would move landmarks by parts of a pixel
             torch.backends.cudnn.allow_tf32 = False

@@ -19,7 +19,8 @@ from jobs.oodface.defences import defended
 from jobs.oodface.filters import gaussian
 from jobs.oodface.randomness import Random, keys
 from jobs.oodface.scenario import SEVERITIES
-from jobs.oodface.scenarios import apply, distort, find
+from jobs.oodface.scenarios import SCENARIOS, apply, distort, find
+from jobs.oodface.threads import use_threads
 
 NAMES = [one.name for one in (*CORRUPTIONS, ElasticTransform)]
 
@@ -297,3 +298,25 @@ def test_a_scenario_is_a_kornia_augmentation():
     assert torch.equal(same[0], same[3])
     with pytest.raises(UserError, match="severity 9"):
         RandomScenario("fog", 9)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_draws_are_replayed_alike_under_autocast(name):
+    one, images = find(name), faces(3, 112, 112)
+    drawn = keys(ids(3), name, 4)
+    wanted = apply(images, one, 4, one.draw(Random(drawn), 4, 112, 112))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = apply(images, one, 4, one.draw(Random(drawn), 4, 112, 112))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(("name", "severity"), [("jpeg_compression", 3), ("spatter", 2)])
+def test_threads_change_nothing(name, severity):
+    images, drawn = faces(21), keys(ids(21), name, severity)
+    alone = distort(images, name, severity, drawn)
+    use_threads(4)
+    try:
+        assert torch.equal(distort(images, name, severity, drawn), alone)
+    finally:
+        use_threads(1)

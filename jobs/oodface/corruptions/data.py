@@ -4,6 +4,7 @@ import math
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from jobs.oodface.randomness import Random, remixed, unit
 from jobs.oodface.scenario import Draws, Images, Scenario
+from jobs.oodface.threads import each
 
 CATEGORY = "Data & Processing"
 
@@ -194,7 +196,11 @@ def jpeg(images: Images, quality: int) -> Images:
 
     pixels = images.clamp(0, 1).mul_(255).to(torch.uint8).cpu()
     decoded = torch.empty_like(pixels)
-    for one, result in zip(pixels.numpy(), decoded.numpy(), strict=True):
+
+    def coded(pair: tuple[np.ndarray, np.ndarray]) -> None:
+        one, result = pair
         _, file = cv2.imencode(".jpg", cv2.merge(one[::-1]), (cv2.IMWRITE_JPEG_QUALITY, quality))
         result[2], result[1], result[0] = cv2.split(cv2.imdecode(file, cv2.IMREAD_COLOR))
+
+    each(coded, zip(pixels.numpy(), decoded.numpy(), strict=True))
     return decoded.to(images.device, images.dtype).div_(255)

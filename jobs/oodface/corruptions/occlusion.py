@@ -14,6 +14,7 @@ from cluster.errors import UserError
 from jobs.oodface.filters import gaussian
 from jobs.oodface.randomness import Random
 from jobs.oodface.scenario import Draws, Images, Scenario
+from jobs.oodface.threads import each
 
 CATEGORY = "Occlusion"
 
@@ -168,7 +169,7 @@ class Spatter(Scenario):
             mask = mask.masked_fill_(mask < 0.8, 0)
             return torch.lerp(images, _colour(self.MUD, images), mask)
         liquid = liquid.masked_fill_(liquid < threshold, 0).mul_(255).to(torch.uint8).cpu()
-        mask = torch.stack([_drops(one) for one in liquid[:, 0]])[:, None].to(images.device) * strength
+        mask = torch.stack(each(_drops, liquid[:, 0]))[:, None].to(images.device) * strength
         return torch.addcmul(images, mask, _colour(self.WATER, images))
 
 
