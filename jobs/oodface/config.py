@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cluster.config import Config, Section, Workers
-from jobs.oodface.faces.config import OnnxFace
+from jobs.oodface.faces.config import Detection, OnnxFace
 from jobs.scoring.chat import ChatSettings
 
 Severity = Annotated[int, Field(ge=1, le=5)]
@@ -59,6 +59,7 @@ class Oodface(Section):
     truncate: bool = True
     frost: str | None = None
     longest_side: int = Field(default=2048, ge=128, le=8192)
+    detector: Detection = Detection()
     faces_per_shard: int = Field(default=32, ge=1, le=100_000)
     batch_size: int = Field(default=128, ge=1, le=1_000_000)
     num_workers: int = Field(default=1, ge=1, le=100_000)

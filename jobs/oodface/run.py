@@ -16,6 +16,8 @@ from cluster.tracking import masked
 from jobs.oodface import protocols
 from jobs.oodface.config import Oodface, OodfaceConfig
 from jobs.oodface.corruptions.occlusion import require_textures
+from jobs.oodface.faces.weights import sha256
+from jobs.oodface.faces.yunet import read_yunet
 from jobs.oodface.scenario import CLEAN
 from jobs.oodface.scenarios import selected
 from jobs.oodface.sources import LAYOUTS
@@ -64,6 +66,9 @@ def prepare(config: OodfaceConfig, out: Path | None, command: str, what: str) ->
     own = dials.model_dump(exclude=SPEED) | {what: getattr(dials, what).model_dump(exclude={"endpoints"})}
     if dials.frost is not None:
         own["frost"] = digest(require_textures(Path(dials.frost)))
+    if dials.detector.path is not None:
+        read_yunet(Path(dials.detector.path))  # which says what is wrong with it
+        own["detector"] |= {"path": sha256(Path(dials.detector.path))}
     if dials.clean or what != "corrupt":
         conditions.insert(0, CLEAN)
     if what == "ask":  # of any models: another one is asked about the same photographs
@@ -143,6 +148,7 @@ def work_plan(config: OodfaceConfig, conditions: Sequence[tuple[str, int]]) -> "
         "cuda" if gpu else "cpu",
         1 if gpu else max(1, dials.cpus_per_worker - (dials.cpus_per_worker > 2)),
         max(1, dials.cpus_per_worker - 1),  # the other one decodes meanwhile
+        dials.detector,
     )
 
 
@@ -179,6 +185,8 @@ def _resolved(config: OodfaceConfig) -> OodfaceConfig:
     """With absolute paths, for workers have other working folders; the name of a hub data set stays as it is."""
     dials = config.oodface
     changes: dict[str, Any] = {"frost": dials.frost and _absolute(dials.frost)}
+    if dials.detector.path is not None:
+        changes["detector"] = dials.detector.model_copy(update={"path": _absolute(dials.detector.path)})
     if dials.images and dials.layout != "hub":
         changes["images"] = _absolute(dials.images)
     entries = [

@@ -26,7 +26,7 @@ from jobs.oodface.corruptions.occlusion import Frost
 from jobs.oodface.defences import defended
 from jobs.oodface.faces import models
 from jobs.oodface.faces.align import DLIB_YUNET, TEMPLATES, Aligned, Template, align
-from jobs.oodface.faces.config import OnnxFace
+from jobs.oodface.faces.config import Detection, OnnxFace
 from jobs.oodface.faces.detector import choose, load_detector
 from jobs.oodface.randomness import keys
 from jobs.oodface.scenario import CLEAN, Images, Scenario
@@ -56,6 +56,7 @@ class Plan:
     device: str = "cpu"
     threads: int = 1
     processors: int = 1
+    detector: Detection = field(default_factory=Detection)
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Faces:
             # TF32, and algorithms chosen by batch size, would move landmarks by parts of a pixel
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cudnn.deterministic = True
-        self.detector = load_detector(self.device)
+        self.detector = load_detector(self.device, plan.detector)
         self.scenarios = {name: _configured(name, plan) for name, severity in plan.conditions if severity}
         self.clock = Clock(self.device)
 

@@ -21,16 +21,17 @@ from cluster.errors import UserError
 from jobs.oodface import drawn, pipeline, scoring, work
 from jobs.oodface.config import Corrupt, OodfaceConfig
 from jobs.oodface.defences import defended
+from jobs.oodface.faces import sface, yunet
 from jobs.oodface.faces.align import ARCFACE_96, DLIB, DLIB_YUNET
 from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.job import catalogue_lines
 from jobs.oodface.protocols import Pairs
 from jobs.oodface.protocols import load as load_pairs
 from jobs.oodface.randomness import keys
-from jobs.oodface.run import dry_run, prepare
+from jobs.oodface.run import Run, dry_run, prepare, work_plan
 from jobs.oodface.scenarios import SCENARIOS, selected
 from jobs.oodface.variations.base import fitting
-from jobs.oodface.work import CLEAN, Embedder, Plan, Shard, Writer, _points, bits, encoder
+from jobs.oodface.work import CLEAN, Embedder, Faces, Plan, Shard, Writer, _points, bits, encoder
 
 CONDITIONS = (CLEAN, ("fog", 2), ("zoom_blur", 5), ("makeup", 3))
 
@@ -311,3 +312,24 @@ def test_frost_of_ones_own_is_known_by_its_content(tmp_path):
     assert prepare(config, None, "", "corrupt").state["identity"] == before
     Image.new("RGB", (200, 200), (1, 2, 3)).save(tmp_path / "frost1.png")
     assert prepare(config, None, "", "corrupt").state["identity"] != before
+
+
+def test_a_detector_of_ones_own_is_known_by_its_file(tmp_path):
+    own = tmp_path / "yunet.onnx"
+    own.write_bytes(yunet.WEIGHTS.locate().read_bytes())
+
+    def run(*sets: str) -> Run:
+        return prepare(load(OodfaceConfig, sets=["oodface.images=.", *sets], environ={}), None, "", "corrupt")
+
+    found = run(f"oodface.detector.path={own}", "oodface.detector.threshold=0.9", "oodface.detector.longest_side=320")
+    detector = Faces(work_plan(found.config, ())).detector
+    assert (detector.threshold, detector.longest) == (0.9, 320)
+    assert torch.equal(detector.network.stem.weight, load_detector().network.stem.weight)
+    ids = [one.state["identity"] for one in (run(), run(f"oodface.detector.path={own}"), found)]
+    assert len(set(ids)) == 3
+    other = tmp_path / "moved.onnx"
+    other.write_bytes(own.read_bytes())
+    assert run(f"oodface.detector.path={other}").state["identity"] == ids[1]
+    own.write_bytes(sface.WEIGHTS.locate().read_bytes())
+    with pytest.raises(UserError, match=r"yunet\.onnx holds another network"):
+        run(f"oodface.detector.path={own}")

