@@ -2,7 +2,8 @@
 
 The photographs of the folder (any layout; JPEG or PNG) are repeated by hard links, a person each, until there are as
 many as asked for, and `python -m jobs.oodface corrupt` catalogues, aligns and spoils them all. Twice a second the
-memory of its processes is read, what they share divided among them (PSS). Records the peak of each kind of process.
+memory of its processes is read, what they share divided among them (PSS). Records the peak of each kind of process, and
+by how much the machine's shared memory grew, where Ray's object store keeps decoded shards (nothing else may use it).
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def main() -> None:
     folder = arguments.folder.resolve()
     shutil.copytree(arguments.images, folder / "originals", dirs_exist_ok=True)  # no hard links between file systems
     originals = sorted(path for path in (folder / "originals").rglob("*") if path.suffix.lower() in SUFFIXES)
-    record = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "commit": git_commit(ROOT), "runs": {}}
+    told = ["python", "tests/performance/bounded_memory.py", "--images", arguments.images.name]
+    told += ["--counts", *map(str, arguments.counts)]
+    record = {"command": " ".join(told), "machine": machine(), "commit": git_commit(ROOT), "runs": {}}
     for count in arguments.counts:
         images, out = folder / f"images-{count}", folder / f"corrupted-{count}"
         for left in (images, out):
@@ -74,13 +77,14 @@ def run(images: Path, out: Path) -> dict:
     settings = {"oodface.images": images, **SETTINGS}
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "jobs.oodface", "corrupt", "--profile", "laptop", *sets, "--out", str(out)]
-    start, peaks = time.perf_counter(), {}
+    start, peaks, before = time.perf_counter(), {}, psutil.virtual_memory().shared
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while job.poll() is None:
         held: dict[str, int] = {}
         for kind, size in processes(job.pid):
             held[kind] = held.get(kind, 0) + size
         held["together"] = sum(held.values())
+        held["object store"] = psutil.virtual_memory().shared - before  # counted above too, with those who read it
         peaks = {kind: max(peaks.get(kind, 0), held.get(kind, 0)) for kind in peaks | held}
         time.sleep(EVERY_S)
     if job.returncode:
