@@ -25,17 +25,18 @@ def summary(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
     is constant), so what a trial had reached at a look is what its settings with so many steps reach.
     """
     looked = [record for record in records if record.looks and record.state in (COMPLETE, STOPPED)]
+    steps = {record.number: plan.trained(plan.trial_folder(record.number)) for record in records}
     paths = [[look for look in record.looks if look["step"] % plan.updates_per_step == 0] for record in looked]
     reached = [[_point(look, plan.objectives) for look in path] for path in paths]
     places = [(record, look) for record, path in zip(looked, paths, strict=True) for look in path]
     places.sort(key=lambda place: place[1]["step"])  # of equals the one with the fewest steps is taken
     points = [_point(look, plan.objectives) for _, look in places]
     as_it_is = next((path for record, path in zip(looked, reached, strict=True) if not record.values), []) or None
-    trained, planned = sum(record.last_step for record in looked), plan.max_steps * len(looked)
+    trained, planned = sum(steps[record.number] for record in looked), plan.max_steps * len(looked)
     best = max(places, key=lambda place: spanned(place[1], plan.objectives), default=None)
     return {
         "objectives": list(plan.objectives),
-        "trials": [vars(record) for record in records],
+        "trials": [vars(record) | {"trained": steps[record.number]} for record in records],
         "failures": {str(record.number): record.message for record in records if record.state == FAILED},
         "front": sorted(
             (_place(*places[index]) for index in nondominated(points)),
@@ -49,7 +50,12 @@ def summary(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
             "by_trial": hypervolumes(reached),
         },
         "importance": importance(plan, looked),
-        "steps": {"trained": trained, "planned": planned, "saved": 1 - trained / planned if planned else 0.0},
+        "steps": {
+            "trained": trained,
+            "planned": planned,
+            "saved": 1 - trained / planned if planned else 0.0,
+            "of_failed_trials": sum(steps[record.number] for record in records if record.state == FAILED),
+        },
     }
 
 
@@ -113,7 +119,8 @@ def table(content: Mapping[str, Any]) -> "Table":
     volume, steps = content["hypervolume"], content["steps"]
     shown.caption = (
         f"Trial 0 is the configuration as it is. {_volumes(volume)}\n"
-        f"Steps: {steps['trained']} of {steps['planned']}, {100 * steps['saved']:.0f} % saved. "
+        f"Steps: {steps['trained']} of {steps['planned']}, {100 * steps['saved']:.0f} % saved; not counted: "
+        f"{steps['of_failed_trials']} of trials that failed, stage 1, and what a resume repeats.\n"
         "Figures have 95 % intervals over a look's probes; the best of many looks leans to the good side."
     )
     shown.caption_justify = "left"

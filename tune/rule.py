@@ -19,7 +19,7 @@ from cluster.errors import JobFailure, NoRoom, UserError
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import DEMO_NAME
 from tune.config import Tune
-from tune.space import Space, Values, keys_of, present, require_usable, size
+from tune.space import Space, Values, configurations, keys_of, present, require_usable
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -103,7 +103,8 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
 
     known = read_json(own.folder / "report.json")
     ended = [record for record in recorded(own.folder) if record.state != RUNNING]
-    if known is not None and len(ended) >= config.tune.rule.trials and isinstance(known["best"], dict | None):
+    # a report of before steps were counted by history is made anew from the records
+    if known is not None and len(ended) >= config.tune.rule.trials and "of_failed_trials" in known["steps"]:
         print(f"this search is finished (--fresh starts it over): {own.folder}")
         _show(known)
         return own.folder / "report.json"
@@ -169,7 +170,8 @@ def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
     would be written with a trial, is left out.
 
     Raises:
-        UserError: another method than RULE, an empty space, or a key that a search cannot set.
+        UserError: another method than RULE, an empty space, an entry of it that no configuration takes or a search
+            cannot set, or more trials than there are configurations.
     """
     if config.rule.method != "RULE":
         raise UserError(f"rule.method = {config.rule.method} has no stage 2 to search; take RULE, or `compare`")
@@ -195,17 +197,19 @@ def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
                     f"{PLACE}: {key} cannot be searched: trials are compared at equal steps, on one model and the same "
                     f"probes; take a single key under {', '.join(SEARCHED)} but {' and '.join(NOT_SEARCHED)}"
                 )
-    most = size(space) + 1
+    base = overlaid(base, keys, "the search")
+    require_usable(space, PLACE, partial(overlaid, base))
+    most = configurations(space, partial(_resolved, base, space))
     if config.tune.rule.trials > most:
         raise UserError(
-            f"tune.rule.trials = {config.tune.rule.trials} is more than there is to try: {PLACE} holds {most - 1} "
-            f"configurations beside the one as it is; lower it to {most}, or widen the space"
+            f"tune.rule.trials = {config.tune.rule.trials} is more than there is to try: with the one as it is {PLACE} "
+            f"makes {most} different configurations; lower it to {most}, or widen the space"
         )
-    return overlaid(base, keys, "the search"), space
+    return base, space
 
 
 def usable(base: RuleConfig, space: Space) -> list["job.Run"]:
-    """Has every choice and values of each range checked as a run's configuration and data would be; returns these runs.
+    """Has every choice and values of each range checked as a run's data and plan would be; returns these runs.
 
     Raises:
         UserError: naming the entry of the space.
@@ -235,7 +239,7 @@ def planned(
     """
     import ray
 
-    from jobs.rule import stages
+    from jobs.rule import stages, trial
     from jobs.rule.trace import AXES, NATURALNESS
     from tune.search import Plan
 
@@ -259,7 +263,18 @@ def planned(
         slots=wanted or slots,
         run=partial(_run_trial, base, space, own.folder / "shared", parent),
         ended=_ended,
+        trained=trial.trained_steps,
+        resolved=partial(_resolved, base, space),
     )
+
+
+def _resolved(base: RuleConfig, space: Space, values: Values) -> str:
+    """Pins the configuration that values make, or, where no run takes it, these values: that trial will say so."""
+    keys = keys_of(space, values)
+    try:
+        return overlaid(base, keys, PLACE).model_dump_json()
+    except UserError:
+        return repr(sorted(keys.items()))
 
 
 def _environment(config: SearchConfig) -> dict[str, str]:

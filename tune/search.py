@@ -49,7 +49,7 @@ class Record:
 
     @property
     def last_step(self) -> int:
-        """Steps that it was trained for, as far as it was looked at."""
+        """The step of its last look."""
         return int(self.looks[-1]["step"]) if self.looks else 0
 
     def point(self, objectives: Sequence[str]) -> tuple[float, ...]:
@@ -65,6 +65,8 @@ class Plan:
         that holds no CPU, so that its training finds them free. Tune writes all of a plan to disk: no secret in it.
     updates_per_step: updates of the model, which looks count, in a step of the configuration.
     ended: told of each trial that ended, with its folder.
+    trained: how many steps a trial was trained for, from its folder: what is ended goes on until Tune's word arrives.
+    resolved: what pins the whole configuration that a trial's values make; equal ones are tried once.
     """
 
     folder: Path
@@ -75,6 +77,8 @@ class Plan:
     slots: int
     run: Callable[[Values, Path, Sequence[TuneReportCallback]], dict[str, float]]
     ended: Callable[[Record, Path], None]
+    trained: Callable[[Path], int]
+    resolved: Callable[[Values], str]
     updates_per_step: int = 1
 
     def trial_folder(self, number: int) -> Path:
@@ -173,8 +177,9 @@ class Proposals(OptunaSearch):
         self.next = max(self.known, default=0) + 1
         if 0 not in self.known:
             self.waiting.insert(0, (0, {}))
-        self.tried = [record.values for record in (*ended, *waiting)]
-        self.random = random.Random(plan.settings.seed + len(self.tried))
+        # the configuration as it is among them, for a space may hold it as well
+        self.tried = {plan.resolved(values) for values in ({}, *(record.values for record in (*ended, *waiting)))}
+        self.random = random.Random(plan.settings.seed + len(ended) + len(waiting))
         self.as_it_is: set[str] = set()
         self.plan, self.keeper = plan, keeper
 
@@ -201,13 +206,13 @@ class Proposals(OptunaSearch):
 
         values = super().suggest(trial_id)
         for _ in range(REDRAWS):
-            if values not in self.tried:
+            if self.plan.resolved(values) not in self.tried:
                 break
             # Optuna's model of a small space would propose its favourite again and again
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
             self._ot_study.enqueue_trial(drawn(self.plan.space, self.random))
             values = super().suggest(trial_id)
-        self.tried.append(values)
+        self.tried.add(self.plan.resolved(values))
         return values
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:

@@ -59,9 +59,21 @@ def drawn(space: Space, generator: random.Random) -> Values:
     return found
 
 
-def size(space: Space) -> float:
-    """How many different values a trial can have; infinity where a dimension is a range."""
-    return math.prod(len(one.choice or one.settings or ()) or math.inf for one in space.values())
+def configurations(space: Space, resolved: Callable[[Values], str]) -> float:
+    """How many there are to try, the one as it is among them; infinity where a dimension is a range.
+
+    `resolved` pins the configuration that values make: two that make the same count once. No two dimensions set one
+    key (`require_usable`), so that each is counted alone.
+    """
+    count, holds_the_one_as_it_is = 1, True
+    for name, dimension in space.items():
+        options = dimension.choice or dimension.settings
+        if options is None:
+            return math.inf
+        different = {resolved({name: option}) for option in options}
+        count *= len(different)
+        holds_the_one_as_it_is &= resolved({}) in different
+    return count if holds_the_one_as_it_is else count + 1
 
 
 def keys_of(space: Space, values: Values) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from cluster import session
 from cluster.errors import JobFailure, UserError
-from cluster.report import Metric, read_json
+from cluster.recorder import HISTORY
+from cluster.report import Metric, read_json, read_lines
 from cluster.tracking import Tracker
 from jobs.rule import job, stages
 from jobs.rule.config import RuleConfig
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
 
 logger = logging.getLogger(__name__)
-LOCK_WAIT_S = 60  # the process of a trial outlives a killed driver by seconds
 
 
 def trial(
@@ -40,7 +40,7 @@ def trial(
     run = job.prepare(config, folder, "")
     stages.check(run)
     run.shared, run.callbacks = shared, callbacks
-    with job.exclusively(run.folder, LOCK_WAIT_S):
+    with job.exclusively(run.folder, job.LOCK_WAIT_S):
         job.claim(run, fresh=False)
         with session.connected(config), job.tracked(run, "rule-trial", parent) as tracker:
             return _trained(run, tracker)
@@ -56,6 +56,11 @@ def _trained(run: job.Run, tracker: Tracker) -> dict[str, float]:
         means = {axis: sum(values) / len(values) for axis, values in read_json(last).items()}
         run.save(look={"step": int(last.stem)} | means)
     return run.state["look"]
+
+
+def trained_steps(folder: Path) -> int:
+    """Updates of stage 2 that a trial made, from its history; those that a resume repeats count once."""
+    return max((row["step"] for row in read_lines(folder / HISTORY) if row["stage"] == "rebo"), default=0)
 
 
 def intervals(folder: Path, step: int, seed: int) -> dict[str, Metric]:

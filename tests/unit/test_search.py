@@ -18,12 +18,13 @@ from tune.halving import Halving, Rungs, ranked
 from tune.search import COMPLETE, FAILED, RUNNING, STOPPED, Keeper, Plan, Proposals, Record, recorded, search
 
 OBJECTIVES = ("forgotten", "retained")
+AS_IT_IS = {"x": 0.05, "y": "a"}
 LOW, HIGH = {"x": 0.1, "y": "a"}, {"x": 0.9, "y": "b"}
 
 
 @pytest.fixture
 def plan(tmp_path):
-    ended = []
+    ended, trained = [], {}
     space = {"x": Dimension(uniform=(0, 1)), "y": Dimension(choice=["a", "b"])}
     made = Plan(
         tmp_path,
@@ -34,8 +35,10 @@ def plan(tmp_path):
         1,
         lambda *_: {},
         lambda record, folder: ended.append((record.number, record.state, folder.name)),
+        lambda folder: trained.get(int(folder.name), 0),
+        lambda values: repr(sorted((AS_IT_IS | values).items())),
     )
-    return SimpleNamespace(plan=made, ended=ended)
+    return SimpleNamespace(plan=made, ended=ended, trained=trained)
 
 
 def looks(*spans: float) -> list[dict[str, float]]:
@@ -109,6 +112,15 @@ def test_nothing_is_tried_twice(plan):
     found = sorted((values["x"], values["y"]) for values in drawn)
     assert found == [(1, "b"), (2, "a"), (2, "b")]
     assert proposals.suggest("one too many")["values"] in [{"x": 1, "y": "a"}, *drawn]
+
+
+def test_a_space_that_holds_the_configuration_as_it_is_does_not_try_it_again(plan):
+    few = replace(plan.plan, space={"y": Dimension(choice=["a", "b", "c"])})
+    proposals = Proposals(few, [], [], Keeper(few))
+    assert proposals.suggest("first") == {"number": 0, "values": {}}
+    assert {proposals.suggest(name)["values"]["y"] for name in "bc"} == {"b", "c"}
+    resumed = Proposals(few, [Record(0, {}, COMPLETE, looks(0.5)), Record(1, {"y": "c"}, FAILED)], [], Keeper(few))
+    assert resumed.suggest("next")["values"] == {"y": "b"}
 
 
 def test_nothing_is_tried_twice_once_the_space_has_a_model(plan):
@@ -260,7 +272,9 @@ def records():
     return [Record(0, {}, COMPLETE, looks(0.4, 0.4, 0.4, 0.4)), *drawn, best, Record(7, LOW, FAILED, message="why")]
 
 
-def test_the_report_counts_what_was_looked_at(plan, records):
+def test_the_report_counts_what_was_looked_at_and_every_step_that_was_trained(plan, records):
+    # of the two steps that ended trials were looked at they trained one more, until the scheduler's word arrived
+    plan.trained |= {0: 8, **dict.fromkeys(range(1, 6), 3), 6: 8, 7: 1}
     content = report.summary(plan.plan, records)
     assert content["front"] == [{"trial": 6, "step": 8}]
     assert content["best"] == {"trial": 6, "step": 8}
@@ -269,7 +283,13 @@ def test_the_report_counts_what_was_looked_at(plan, records):
     assert content["hypervolume"]["configuration_as_it_is"] == pytest.approx(0.2)
     assert content["hypervolume"]["path_of_configuration_as_it_is"] == pytest.approx(0.2)
     assert content["hypervolume"]["by_trial"] == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.2, 0.25, 0.45])
-    assert content["steps"] == {"trained": 26, "planned": 56, "saved": pytest.approx(30 / 56)}
+    assert content["steps"] == {
+        "trained": 31,
+        "planned": 56,
+        "saved": pytest.approx(25 / 56),
+        "of_failed_trials": 1,
+    }
+    assert [trial["trained"] for trial in content["trials"]] == [8, 3, 3, 3, 3, 3, 8, 1]
     assert set(content["importance"]) == {"x", "y"}
     assert sum(content["importance"].values()) == pytest.approx(1)
 
@@ -317,6 +337,7 @@ def test_without_the_configuration_as_it_is_no_figure_stands_for_it(plan, record
 
 
 def test_table_and_figure_show_every_trial(plan, records):
+    plan.trained |= {0: 8, **dict.fromkeys(range(1, 6), 2), 6: 8, 7: 3}
     content = report.summary(plan.plan, records) | {
         "metrics": {"6@8": {"forgotten": {"value": 0.9, "ci95": [0.8, 1.0], "n": 5, "seed": 0}}}
     }
@@ -324,7 +345,7 @@ def test_table_and_figure_show_every_trial(plan, records):
     console.print(report.table(content))
     text = console.export_text()
     assert "0.90 [0.80, 1.00]" in text
-    assert "54 % saved" in text
+    assert "26 of 56, 54 % saved; not counted: 3 of trials that failed" in text
     assert "front, best" in text
     scatter, volume, bars = report.figure(content).axes
     assert len(scatter.texts) == 7

@@ -13,8 +13,8 @@ from cluster.config import load
 from cluster.errors import UserError
 from jobs.rule import job
 from tune.config import Dimension, Search
-from tune.rule import SearchConfig, app, planned, settled, usable
-from tune.space import corners, distributions, keys_of, present, require_usable, size
+from tune.rule import SearchConfig, app, planned, search, settled, usable
+from tune.space import configurations, corners, distributions, keys_of, present, require_usable
 
 SPACE = {
     "rule.rebo.learning_rate": Dimension(log_uniform=(1e-6, 1e-4)),
@@ -82,10 +82,15 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
     assert space["x"].choice == ["e1", "1e"]
 
 
-def test_how_many_configurations_a_space_holds():
+def test_how_many_configurations_there_are_to_try():
+    def count(space, **as_it_is):
+        return configurations(space, lambda values: repr(as_it_is | keys_of(space, values)))
+
     finite = {"a": Dimension(choice=[1, 2, 3]), "b": Dimension(settings={"x": {"c": 1}, "y": {"c": 2}})}
-    assert size(finite) == 6
-    assert size(finite | {"d": Dimension(uniform=(0, 1))}) == math.inf
+    assert count(finite, a=0, c=1) == 7
+    assert count(finite, a=1, c=1) == 6  # the one as it is stands in the space
+    assert count(finite | {"b": Dimension(settings={"x": {"c": 1}, "y": {}})}, a=1, c=1) == 3  # x and y are the same
+    assert count(finite | {"d": Dimension(uniform=(0, 1))}, a=1, c=1) == math.inf
 
 
 def test_null_takes_a_name_out():
@@ -98,6 +103,13 @@ def test_two_names_for_one_key():
     space = {"rule.seed": Dimension(choice=[1, 2]), "both": Dimension(settings={"x": {"rule.seed": 3}})}
     with pytest.raises(UserError, match=r"here: rule\.seed and both both set rule\.seed"):
         require_usable(space, "here", lambda keys, origin: None)
+
+
+def test_a_space_is_read_before_model_and_data(monkeypatch):
+    monkeypatch.setattr(job, "prepare", lambda *_, **__: pytest.fail("model and data were read"))
+    monkeypatch.setattr("tune.rule.load", lambda *_: configured("{rule.rebo.stepz: {choice: [1]}}"))
+    with pytest.raises(UserError, match=r"rule\.rebo\.stepz = 1: unknown key"):
+        search()
 
 
 @pytest.mark.parametrize(
@@ -167,11 +179,15 @@ def test_a_name_with_a_slash_is_refused():
 
 
 def test_more_trials_than_configurations_are_refused():
-    config = load(SearchConfig, "laptop", sets=["tune.rule.trials=4"], environ={})
-    only = dict.fromkeys(config.tune.rule.space) | {"rule.rebo.advantage": Dimension(choice=["grpo", "rloo"])}
-    few = config.tune.rule.model_copy(update={"space": only})
-    with pytest.raises(UserError, match=r"trials = 4 .* holds 2 configurations .* lower it to 3"):
-        settled(config.model_copy(update={"tune": config.tune.model_copy(update={"rule": few})}))
+    def trying(trials: int):
+        config = load(SearchConfig, "laptop", sets=[f"tune.rule.trials={trials}"], environ={})
+        only = dict.fromkeys(config.tune.rule.space) | {"rule.rebo.advantage": Dimension(choice=["grpo", "rloo"])}
+        few = config.tune.rule.model_copy(update={"space": only})
+        return settled(config.model_copy(update={"tune": config.tune.model_copy(update={"rule": few})}))
+
+    trying(2)
+    with pytest.raises(UserError, match=r"trials = 3 .* makes 2 different configurations; lower it to 2"):
+        trying(3)  # grpo is the configuration as it is
 
 
 def test_what_may_change_on_resume(tmp_path, capsys):
