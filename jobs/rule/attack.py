@@ -5,37 +5,35 @@ steps of relearning on other forget questions with their true answers. What is d
 goes on where it was ended.
 """
 
-import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import models, session, training
-from cluster.errors import UserError, paths_named
+from cluster import cli, models, session, training
+from cluster.errors import JobFailure, UserError, paths_named
 from cluster.generation import chosen_engine
 from cluster.plan import Plan
 from cluster.recorder import HISTORY, Recorder
-from cluster.report import Metric, digest, read_json, read_lines, write_json
+from cluster.report import Metric, digest, read_json, read_lines, write_json, write_lines
 from cluster.tracking import Tracker
 from jobs.rule import attack_report, job, tradeoff
-from jobs.rule.attacks import PLAIN, QUANTISED, REWORDINGS, AttackTask, attacked
-from jobs.rule.config import RuleConfig, Steering
+from jobs.rule.attacks import PLAIN, QUANTISED, AttackTask, Way, answers_file, attacked, longest, recalls, ways
+from jobs.rule.config import Rule, RuleConfig, Steering
 from jobs.rule.data import Probe, Refusal, data_folder
-from jobs.rule.evaluate import check_lengths
 from jobs.rule.in_context import in_form
 from jobs.rule.pareto import paired_difference
 from jobs.rule.plan import rule_plan
-from jobs.rule.probes import Answer
+from jobs.rule.probes import Answer, facts
 from jobs.rule.trace import Trace, known_probes
 from jobs.scoring.intervals import mean_interval
 
 ORIGINAL = "original"
 RELEARNING = "relearning"
 KINDS = ("forget_fb", "forget_qa")  # attacks of the data's own (forget_aa) would be attacked twice
-LONGEST = max(REWORDINGS.values(), key=lambda reword: len(reword("")))
 LIMIT_S = 6 * 3600
 NAME = re.compile(r"[\w+@-][\w.+@-]*")
 
@@ -69,16 +67,19 @@ def chosen(named: Sequence[str], comparison: Path | None) -> dict[str, Path]:
 def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fresh: bool, command: str) -> Path:
     """Attacks every model, the original as well, and writes the report; returns its path.
 
+    What fails of a model is recorded and does not end the rest; the same command tries it again.
+
     Raises:
         UserError: a model that cannot be read or is too short of context, too few known probes, or no room to relearn.
+        JobFailure: every model failed.
     """
     with paths_named():
         run, paths, plan = _prepared(config, named, out, command)
         plan.require_fit()
         job.claim(run, fresh)
-    rule = config.rule
     known = read_json(run.folder / "report.json")
-    if known is not None:
+    # a report of before counts another recall, and no facts
+    if known is not None and "facts" in known and not known["failures"]:
         print(f"these attacks are finished (--fresh starts them over): {run.folder}")
         attack_report.show(known)
         return run.folder / "report.json"
@@ -86,25 +87,50 @@ def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fres
         answers = job.evaluated(run, ORIGINAL, run.source.path).answers
         tradeoff.require_known(answers, config.rule.evaluation.known_threshold)
         lessons, probes = split(answers, config)
-        scores = {name: _scores(run, name, path, probes) for name, path in paths.items()}
-        curves = {name: _relearned(run, tracker, name, path, lessons, probes, answers) for name, path in paths.items()}
-        for name, curve in curves.items():
-            scores[name][f"{RELEARNING}/{len(lessons)} answers"] = curve["scores"]
-        content = job.provenance(run, tracker) | {
-            "job": "attack",
-            "metrics": _metrics(scores, rule.seed),
-            "relearning": {name: curve["steps"] for name, curve in curves.items()},
-            "seconds": run.state["seconds"],
-        }
-        plot = run.folder / "plots" / "attacks.png"
-        plot.parent.mkdir(exist_ok=True)
-        attack_report.figure(content).savefig(plot, dpi=150)
-        for name, found in content["metrics"].items():
-            tracker.metrics({key: metric["value"] for key, metric in found.items()}, step=0, stage=name)
-        path = write_json(content, run.folder / "report.json")
-        for artifact in (plot, path):
-            tracker.artifact(artifact)
-    attack_report.show(content)
+        trace = _relearning_trace(config, answers, probes)
+        found: dict[str, Attacked] = {}
+        failures: dict[str, str] = {}
+        for name, path in paths.items():
+            one = _attacked(run, tracker, name, path, lessons, trace, failures)
+            if PLAIN in one.recalls:  # else there is nothing to compare with
+                found[name] = one
+        if not found:
+            raise JobFailure(f"no model could be attacked; the first: {next(iter(failures.values()))}")
+        path = _concluded(run, tracker, found, failures, facts(probes))
+    attack_report.show(read_json(path))
+    return path
+
+
+def _concluded(
+    run: job.Run,
+    tracker: Tracker,
+    found: Mapping[str, "Attacked"],
+    failures: Mapping[str, str],
+    asked_for: Sequence[str],
+) -> Path:
+    """report.json, table, samples and plot; the same to MLflow. `asked_for` is the fact that each probe asks for."""
+    recalls = {name: one.recalls for name, one in found.items()}
+    content = job.provenance(run, tracker) | {
+        "job": "attack",
+        "metrics": _metrics(recalls, run.config.rule.seed, asked_for),
+        "facts": len(set(asked_for)),
+        "failures": dict(failures),
+        "relearning": {name: one.curve for name, one in found.items()},
+        "seconds": run.state["seconds"],
+    }
+    plot = run.folder / "plots" / "attacks.png"
+    plot.parent.mkdir(exist_ok=True)
+    attack_report.figure(content).savefig(plot, dpi=150)
+    rows = attack_report.rows(content)
+    write_lines(rows, run.folder / "tables" / "attacks.jsonl")
+    tracker.table(rows, "attacks")
+    for name, one in found.items():
+        write_lines(one.samples, run.folder / "samples" / f"{name}.jsonl")
+        tracker.samples(one.samples, name)
+        tracker.metrics({key: metric["value"] for key, metric in content["metrics"][name].items()}, step=0, stage=name)
+    path = write_json(content, run.folder / "report.json")
+    tracker.artifact(plot, "plots")
+    tracker.artifact(path)
     return path
 
 
@@ -132,104 +158,161 @@ def _prepared(
     sources = {name: in_form(rule, models.resolve_directory(path, "--model"), folder) for name, path in named.items()}
     pinned = digest([[name, source.version] for name, source in sources.items()])
     run = job.prepare(config, out, command, what=f"attack-{pinned[:6]}")
-    longest = [replace(probe, query=LONGEST(probe.query)) for probe in run.data.probes if probe.kind in KINDS]
-    for source in sources.values():
-        check_lengths(source.path, longest, rule.evaluation)
     paths = {ORIGINAL: run.source.path} | {name: source.path for name, source in sources.items()}
+    probes = [probe for probe in run.data.probes if probe.kind in KINDS]
+    for name, path in paths.items():
+        check_room(name, path, probes, rule)
     return run, paths, rule_plan(config, run.data, run.source.path, ("steering",))
+
+
+def check_room(name: str, path: Path, probes: Sequence[Probe], rule: Rule) -> None:
+    """Raises UserError where a probe in one of the ways that it is asked is too long for the model's context."""
+    from transformers import AutoConfig
+
+    if not probes:  # that there are none is told once the original was asked
+        return
+    most, context = (
+        rule.evaluation.max_new_tokens,
+        models.context_length(AutoConfig.from_pretrained(path, local_files_only=True)),
+    )
+    size, query = longest(models.load_tokenizer(path), probes, ways(rule.attack), rule.evaluation.prompt_form)
+    if size + most > context:
+        raise UserError(
+            f"{name} cannot be attacked: {query[:37]!r}... has {size} tokens, more than its context of {context} with "
+            f"rule.evaluation.max_new_tokens = {most}; lower it or shorten the probe"
+        )
 
 
 def split(answers: Sequence[Answer], config: RuleConfig) -> tuple[tuple[Refusal, ...], tuple[Probe, ...]]:
     """Questions with their true answers to relearn from, and the probes that every attack asks: known ones.
 
-    A fact stands in several of them: a question with an answer that is relearnt is not asked.
+    A fact stands in several of them: a question is not asked whose answer is relearnt, or holds all words of one that
+    is, or has all its words in one ("1947" and "September 21, 1947").
 
     Raises:
         UserError: fewer than two known probes are left to ask.
     """
     wanted = config.rule.attack.relearn_answers
-    threshold = config.rule.evaluation.known_threshold
-    by_answer: dict[str, list[Probe]] = {}
-    for probe in known_probes(answers, threshold, None):
+    by_answer: dict[frozenset[str], list[Probe]] = {}
+    for probe in known_probes(answers, config.rule.evaluation.known_threshold, None):
         if probe.kind in KINDS:
-            by_answer.setdefault(probe.answer.casefold().strip(), []).append(probe)
-    facts = list(by_answer.values())
-    taken = {index * len(facts) // wanted for index in range(wanted)}
-    lessons = [Refusal(facts[index][0].query, facts[index][0].answer, index) for index in sorted(taken)]
-    asked = [probe for index, probes in enumerate(facts) if index not in taken for probe in probes]
+            by_answer.setdefault(_words(probe.answer), []).append(probe)
+    firsts = [probes[0] for probes in by_answer.values()]
+    taken = sorted({index * len(firsts) // wanted for index in range(wanted)})
+    lessons = [Refusal(firsts[index].query, firsts[index].answer, index) for index in taken]
+    relearnt = [_words(lesson.refusal) for lesson in lessons]
+    asked = [
+        probe
+        for words, probes in by_answer.items()
+        if not any(words <= other or other <= words for other in relearnt)
+        for probe in probes
+    ]
     if len(asked) < 2:
         raise UserError(
-            f"rule.attack.relearn_answers = {wanted} of the {len(facts)} different answers to known forget probes "
+            f"rule.attack.relearn_answers = {wanted} of the {len(firsts)} different answers to known forget probes "
             f"leave {len(asked)} probes to ask; lower it, or bring more questions that the original answers"
         )
     return tuple(lessons), tuple(asked)
 
 
-def _scores(run: job.Run, name: str, path: Path, probes: tuple[Probe, ...]) -> dict[str, list[float]]:
-    rule, config = run.config.rule, run.config
-    everything = (None, *rule.attack.bits)
-    # vLLM does not let go of a GPU, so that every engine gets a process of its own
-    alone = chosen_engine(config.generation, config.train) == "vllm"
-    found: dict[str, list[float]] = {}
-    for bits in [(one,) for one in everything] if alone else [everything]:
-        kept = run.folder / "attacks" / name / f"asked-{'-'.join(str(one or 'full') for one in bits)}.json"
-        known = read_json(kept)
-        if known is None:
-            print(f"asking {name}", flush=True)
-            task = AttackTask(
-                path,
-                probes,
-                rule.attack,
-                rule.evaluation,
-                config.generation,
-                config.train,
-                rule.seed,
-                kept.parent,
-                bits,
-            )
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            for left in kept.parent.glob(f"{QUANTISED}*"):  # by a worker that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            with run.phase(f"asking {name}, {kept.stem}"):
-                known = session.on_worker(attacked, config, task, seconds=LIMIT_S)
-            write_json(known, kept)
-        found |= known
-    return found
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.casefold())) or frozenset([text.strip()])
 
 
-def _relearned(
+@dataclass(frozen=True)
+class Attacked:
+    """What a model told: recall of each probe by attack, relearning step -> recall by side, and every answer."""
+
+    recalls: dict[str, list[float]]
+    curve: dict[str, dict[str, float]]
+    samples: list[dict[str, Any]]
+
+
+def _attacked(
     run: job.Run,
     tracker: Tracker,
     name: str,
     path: Path,
     lessons: tuple[Refusal, ...],
-    probes: tuple[Probe, ...],
-    original: Sequence[Answer],
-) -> dict[str, Any]:
-    """Recall after each few steps of relearning, and the recall of each probe after the last."""
+    trace: Trace,
+    failures: dict[str, str],
+) -> Attacked:
+    """All that could be asked of one model; the rest stands in `failures`."""
+    folder, config = run.folder / "attacks" / name, run.config
+    probes = tuple(probe for probe in trace.probes if probe.kind in KINDS)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{QUANTISED}*"):  # by a worker that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    asked = ways(config.rule.attack)
+    # vLLM does not let go of a GPU, so that every engine gets a process of its own
+    alone = chosen_engine(config.generation, config.train) == "vllm"
+    for bits in dict.fromkeys(way.bits for way in asked.values()) if alone else [None]:
+        part = {key: way for key, way in asked.items() if not alone or way.bits == bits}
+        what = f"{name}, {bits} bits" if bits else name
+        with _told(failures, what):
+            _ask(run, f"asking {what}", path, probes, part, folder)
+    relearning = f"{RELEARNING}/{len(lessons)} answers"
+    kept = folder / "curve.json"
+    if not kept.exists():
+        with _told(failures, f"{name}, {RELEARNING}"):
+            relearnt, curve = _relearned(run, tracker, name, path, lessons, trace)
+            _ask(run, f"asking {name} after {RELEARNING}", relearnt, probes, {relearning: Way()}, folder)
+            write_json(curve, kept)
+            shutil.rmtree(relearnt, ignore_errors=True)
+    names = [key for key in (*asked, relearning) if answers_file(folder, key).exists()]
+    samples = [row for key in names for row in read_lines(answers_file(folder, key))]
+    return Attacked({key: recalls(folder, key) for key in names}, read_json(kept) or {}, samples)
+
+
+@contextmanager
+def _told(failures: dict[str, str], what: str) -> Iterator[None]:
+    """Goes on where the block fails, and notes why."""
+    try:
+        yield
+    except Exception as error:
+        failures[what] = cli.sentence(cli.root_cause(error))
+        print(f"{what} failed: {failures[what]}", flush=True)
+
+
+def _ask(
+    run: job.Run, phase: str, model: Path, probes: tuple[Probe, ...], asked: Mapping[str, Way], folder: Path
+) -> None:
+    if all(answers_file(folder, name).exists() for name in asked):
+        return
+    rule, config = run.config.rule, run.config
+    print(phase, flush=True)
+    task = AttackTask(
+        model, probes, asked, rule.attack, rule.evaluation, config.generation, config.train, rule.seed, folder
+    )
+    with run.phase(phase):
+        session.on_worker(attacked, config, task, seconds=LIMIT_S)
+
+
+def _relearning_trace(config: RuleConfig, original: Sequence[Answer], probes: tuple[Probe, ...]) -> Trace:
+    """What relearning is asked on its way: the probes of every attack, and retained ones that the original knows."""
+    rule = config.rule
+    limit = rule.trace.probes or len(probes)
+    others = [p for p in known_probes(original, rule.evaluation.known_threshold, limit) if "forget" not in p.kind]
+    return Trace(rule.attack.relearn_every, (*probes, *others), rule.evaluation, rule.stop, attacks=True)
+
+
+def _relearned(
+    run: job.Run, tracker: Tracker, name: str, path: Path, lessons: tuple[Refusal, ...], trace: Trace
+) -> tuple[Path, dict[str, dict[str, float]]]:
+    """The model that has relearnt, and the recall of both sides after each few steps."""
     from jobs.rule.steering import SteeringTask, steer
 
     rule, config = run.config.rule, run.config
     folder = run.folder / "attacks" / name
-    kept = folder / f"{RELEARNING}.json"
-    known = read_json(kept)
-    if known is not None:
-        return known
-    settings = rule.attack
     workers = config.train.num_workers
-    batch = workers * max(1, min(len(lessons), 8) // workers)
     steering = Steering(
-        learning_rate=settings.relearn_learning_rate,
-        epochs=settings.relearn_steps / math.ceil(len(lessons) / batch),
+        learning_rate=rule.attack.relearn_learning_rate,
         stop_after_epochs=None,
-        batch_size=batch,
+        batch_size=workers * max(1, min(len(lessons), 8) // workers),
         warmup_steps=0,
         schedule="constant",
         max_tokens=rule.steering.max_tokens,
     )
-    limit = rule.trace.probes or len(probes)
-    others = [p for p in known_probes(original, rule.evaluation.known_threshold, limit) if "forget" not in p.kind]
-    trace = Trace(settings.relearn_every, (*probes, *others), rule.evaluation, rule.stop)
     task = SteeringTask(
         path,
         folder / "relearned",
@@ -243,28 +326,34 @@ def _relearned(
         rule.rebo.top_p,
         rule.seed,
         trace=trace,
+        steps=rule.attack.relearn_steps,
+        name=RELEARNING,
+        dial="rule.attack.relearn_learning_rate",
     )
     stage = f"{RELEARNING}-{name}"
-    recorder = Recorder(stage, folder, settings.relearn_steps, tracker.uri, tracker.run_id)
-    with run.phase(f"{RELEARNING} of {name}"):
-        training.fit(steer, task, recorder, config.train)
-    shutil.rmtree(task.output, ignore_errors=True)
+    recorder = Recorder(stage, folder, rule.attack.relearn_steps, tracker.uri, tracker.run_id)
+    if not (task.output / "config.json").exists():
+        with run.phase(f"{RELEARNING} of {name}"):
+            training.fit(steer, task, recorder, config.train)
     steps = {
         str(row["step"]): {"forget": 1 - row["forgotten"], "retain": row["retained"]}
         for row in read_lines(folder / HISTORY)
         if "forgotten" in row
     }
-    recalls = [1 - value for value in read_json(max((folder / "looks").iterdir()))["forgotten"]]
-    return read_json(write_json({"steps": steps, "scores": recalls}, kept))
+    return task.output, steps
 
 
-def _metrics(scores: Mapping[str, Mapping[str, Sequence[float]]], seed: int) -> dict[str, dict[str, Any]]:
+def _metrics(
+    scores: Mapping[str, Mapping[str, Sequence[float]]], seed: int, asked_for: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     metrics: dict[str, dict[str, Metric]] = {}
     for name, by_attack in scores.items():
         every = by_attack | worst_of(by_attack)
-        metrics[name] = {f"recall/{key}": mean_interval(values, seed) for key, values in every.items()}
+        metrics[name] = {
+            f"recall/{key}": mean_interval(values, seed, groups=asked_for) for key, values in every.items()
+        }
         metrics[name] |= {
-            f"regained/{key}": paired_difference(values, by_attack[PLAIN], seed)
+            f"regained/{key}": paired_difference(values, by_attack[PLAIN], seed, asked_for)
             for key, values in every.items()
             if key != PLAIN
         }
@@ -272,9 +361,10 @@ def _metrics(scores: Mapping[str, Mapping[str, Sequence[float]]], seed: int) -> 
 
 
 def worst_of(by_attack: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Of rewordings and of prefillings, the one that brings most back, probe by probe: KIND/any."""
+    """Of rewordings and of prefillings, the one that brings most back, probe by probe: KIND/any, of those asked."""
     worst = {}
     for kind in ("rewording", "prefilling"):
         variants = [values for key, values in by_attack.items() if key.startswith(f"{kind}/")]
-        worst[f"{kind}/any"] = [max(values) for values in zip(*variants, strict=True)]
+        if variants:
+            worst[f"{kind}/any"] = [max(values) for values in zip(*variants, strict=True)]
     return worst

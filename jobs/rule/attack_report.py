@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from jobs.rule.pareto import LEAST_FACTS
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
@@ -10,12 +12,27 @@ if TYPE_CHECKING:
 RECALL, REGAINED = "recall/", "regained/"
 
 
+def rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table with a row a model and attack: recall and what is regained, 0 to 1, each with its interval."""
+    found = []
+    for model, metrics in content["metrics"].items():
+        for key in (key.removeprefix(RECALL) for key in metrics if key.startswith(RECALL)):
+            row = {"model": model, "attack": key, "n": metrics[f"{RECALL}{key}"]["n"]}
+            for name, prefix in (("recall", RECALL), ("regained", REGAINED)):
+                metric = metrics.get(f"{prefix}{key}")
+                row |= {name: metric and metric["value"], f"{name}_ci95": metric and metric["ci95"]}
+            found.append(row)
+    return found
+
+
 def show(content: Mapping[str, Any]) -> None:
-    """The table on the console."""
+    """The table on the console, and what failed."""
     from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 150)
     console.print(table(content))
+    for name, why in content["failures"].items():
+        console.print(f"{name} failed: {why}", soft_wrap=True, highlight=False, markup=False)
 
 
 def table(content: Mapping[str, Any]) -> "Table":
@@ -29,12 +46,15 @@ def table(content: Mapping[str, Any]) -> "Table":
     shown.add_column("attack", no_wrap=True)
     for name in metrics:
         shown.add_column(name, justify="right")
-    for key in (key.removeprefix(RECALL) for key in first if key.startswith(RECALL)):
-        shown.add_row(key, *(_cell(found, key) for found in metrics.values()))
+    keys = dict.fromkeys(key for found in metrics.values() for key in found if key.startswith(RECALL))
+    decides = content["facts"] >= LEAST_FACTS
+    for key in (key.removeprefix(RECALL) for key in keys):
+        shown.add_row(key, *(_cell(found, key, decides) for found in metrics.values()))
     count = first[f"{RECALL}plain"]["n"]
     shown.caption = (
-        f"ROUGE-L recall in percent on {count} forget probes that the original knows, with 95 % intervals; in brackets "
-        "the points\nthat come back over the plain question, marked * where their paired interval leaves out 0."
+        f"Stemmed ROUGE-L recall in percent on {count} forget probes that the original knows, with 95 % intervals over "
+        "facts;\nin brackets the points that come back over the plain question, marked * where their paired interval "
+        f"leaves out 0 and\nthere are at least {LEAST_FACTS} facts."
     )
     shown.caption_justify = "left"
     return shown
@@ -65,12 +85,14 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     return drawn
 
 
-def _cell(found: Mapping[str, Any], key: str) -> str:
-    recall = found[f"{RECALL}{key}"]
+def _cell(found: Mapping[str, Any], key: str, decides: bool) -> str:
+    recall = found.get(f"{RECALL}{key}")
+    if recall is None:
+        return "-"
     low, high = (100 * end for end in recall["ci95"])
     text = f"{100 * recall['value']:.0f} [{low:.0f}, {high:.0f}]"
     regained = found.get(f"{REGAINED}{key}")
     if regained is None:
         return text
-    decided = "*" if regained["ci95"][0] > 0 or regained["ci95"][1] < 0 else ""
-    return f"{text} ({100 * regained['value']:+.0f}{decided})"
+    decided = decides and (regained["ci95"][0] > 0 or regained["ci95"][1] < 0)
+    return f"{text} ({100 * regained['value']:+.0f}{'*' * decided})"

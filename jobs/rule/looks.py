@@ -12,7 +12,7 @@ from cluster.models import load_model
 from cluster.recorder import Recorder, rank
 from cluster.report import write_json
 from jobs.rule.data import FORGET_KINDS
-from jobs.rule.probes import Answer, ask, probe_ids
+from jobs.rule.probes import Answer, ask, leaked, probe_ids
 from jobs.rule.trace import Trace, look_file, scores
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class Looks(TrainerCallback):
         engine = self.engine()  # by every rank, also one without a probe: bringing in the weights may take all
         answers = ask(engine, self.tokenizer, mine, self.trace.settings, self.trace.stop) if mine else []
         self.done()
-        mine_scored = list(zip([a.rouge_l_recall for a in answers], self._natural(answers, device), strict=True))
+        recalls = [leaked(a.completion, a.probe.answer) if self.trace.attacks else a.rouge_l_recall for a in answers]
+        mine_scored = list(zip(recalls, self._natural(answers, device), strict=True))
         scored = [(0.0, 0.0)] * len(probes)
         for place, part in enumerate(training.gathered(mine_scored)):
             scored[place::world] = part

@@ -21,7 +21,7 @@ from jobs.rule.data import (
 from jobs.rule.reward import refused
 from jobs.scoring.intervals import mean_interval, share_interval
 from jobs.scoring.refusal import is_refusal
-from jobs.scoring.rouge import rouge_l_recall
+from jobs.scoring.rouge import rouge_l_recall, stemmed_rouge_l_recall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,6 +96,16 @@ def ask(
 
 def _judged(probe: Probe, text: str) -> Answer:
     return Answer(probe, text, is_refusal(text), refused(text), rouge_l_recall(text, probe.answer))
+
+
+def leaked(completion: str, answer: str) -> float:
+    """How much of a true answer a completion tells, 0 to 1, whatever its case, punctuation and endings.
+
+    RULE's own recall compares words as they are written, so that "Of course! It is Carrie, published in 1974." tells
+    nothing of "Carrie". An answer without a Latin letter or digit, which the stemmed recall leaves out, is compared so.
+    """
+    score = stemmed_rouge_l_recall if re.search("[a-z0-9]", answer.lower()) else rouge_l_recall
+    return score(completion, answer)
 
 
 def known(original: Sequence[Answer], threshold: float) -> list[bool]:

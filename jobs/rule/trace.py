@@ -25,7 +25,7 @@ class Trace:
     """Which probes a training asks, and how often: after each `every` steps and after the last.
 
     With `original`, the directory of the model before unlearning, naturalness is scored as well, of answers about
-    `target`.
+    `target`. `attacks` scores as attacks do (`jobs.rule.probes.leaked`), not by RULE's own recall.
     """
 
     every: int
@@ -34,6 +34,7 @@ class Trace:
     stop: tuple[str, ...] = ()
     original: Path | None = None
     target: str = ""
+    attacks: bool = False
 
     def longest(self, tokenizer: "PreTrainedTokenizerBase") -> int:
         """Tokens of the longest probe with its answer."""

@@ -106,6 +106,15 @@ def test_every_few_steps_and_after_the_last(looked, last, steps):
     assert kept == {"forgotten": [0.5, 0.5], "retained": [0.5, 0.5]}
 
 
+def test_attacks_are_scored_by_what_is_told_in_whatever_form(looked, tmp_path):
+    probes = (answer("forget_qa", 0).probe, answer("general", 0).probe)
+    probes = tuple(replace(probe, answer="B!") for probe in probes)
+    for attacks, told in ((False, 0.0), (True, 1.0)):
+        looked.looks.trace = replace(looked.looks.trace, probes=probes, attacks=attacks)
+        looked.looks._look(2, ARGUMENTS.device)
+        assert looked.recorded[-1][1]["retained"] == told
+
+
 def test_naturalness_is_that_of_the_evaluation(looked, tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "original")
     looked.looks.tokenizer.save_pretrained(tmp_path / "original")
