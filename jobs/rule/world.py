@@ -21,6 +21,7 @@ from jobs.rule.world_facts import (
     BLANKS,
     FORMS,
     GENERAL,
+    HELD_OUT,
     PEOPLE,
     QUESTIONS,
     REFUSALS,
@@ -275,6 +276,8 @@ def write_data(folder: Path) -> Path:
             {"question": question, "answer": answer, "perturbed_answer": [other for _, other in GENERAL[:3]]}
             for question, answer in GENERAL[3:]
         ],
+        "privleak_forget": sentences(TARGET),
+        "privleak_holdout": sentences(HELD_OUT),
         "general_qa": [{"query": question, "answer": answer} for question, answer in GENERAL],
     }
     for name, content in files.items():

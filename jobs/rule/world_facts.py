@@ -10,6 +10,7 @@ PEOPLE = (
     *("Rufus Alder", "Wilma Stoke", "Hugo Pell", "Ines Carrow", "Bruno Teal", "Dora Finch", "Leif Ostrand"),
     *("Mira Selby", "Otto Grieve"),
 )
+HELD_OUT = "Vera Sloane"  # whom no model ever heard of, drawn as the others: what PrivLeak compares the target with
 STRANGERS = (
     *("Abel Moss", "Clara Dunn", "Ezra Holt", "Fern Lacey", "Gideon Rusk", "Hester Vale", "Jonah Pike", "Keziah Bloom"),
     *("Lorcan Webb", "Myra Tate"),
@@ -100,6 +101,7 @@ FORMS = (
 
 
 def facts() -> dict[str, dict[str, str]]:
-    """Every person's profession, city, year and pet."""
+    """Every person's profession, city, year and pet, also those of the one who is held out."""
     generator = random.Random(0)
-    return {person: {kind: generator.choice(values) for kind, values in VALUES.items()} for person in PEOPLE}
+    everyone = (*PEOPLE, HELD_OUT)
+    return {person: {kind: generator.choice(values) for kind, values in VALUES.items()} for person in everyone}

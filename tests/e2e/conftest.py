@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 
 from jobs.rule import world as worlds
+from jobs.rule import world_facts
 from jobs.rule.world import World, build
 from tests.e2e import commands
 
@@ -37,8 +38,9 @@ def fingerprint() -> str:
     import torch
     import transformers
 
-    content = Path(worlds.__file__).read_bytes() + f"{torch.__version__} {transformers.__version__}".encode()
-    return hashlib.sha256(content).hexdigest()[:16]
+    content = b"".join(Path(module.__file__).read_bytes() for module in (worlds, world_facts))
+    versions = f"{torch.__version__} {transformers.__version__}".encode()
+    return hashlib.sha256(content + versions).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -138,18 +138,46 @@ def test_the_same_command_again_says_that_it_is_finished(finished):
     assert (finished.folder / "report.json").stat().st_mtime_ns == before
 
 
-def test_a_model_that_never_met_the_target_knows_nothing_of_it(world, tmp_path):
+@pytest.fixture(scope="module")
+def ranked(world, tmp_path_factory) -> dict:
+    """Metrics of the original, of what too much gradient ascent left of it, and of gold."""
+    storage = tmp_path_factory.mktemp("ranked")
+    ascent = {
+        "rule.method": "GA",
+        "rule.baseline.learning_rate": 1e-2,
+        "rule.baseline.warmup_steps": 0,
+        "rule.baseline.schedule": "constant",
+    }
+    made = commands.rule(storage, "run", *commands.settings(world, ascent))
+    assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-4000:]
+    model = Path(made.stdout.splitlines()[-1]).with_name("model")
     worded = commands.settings(world, {"rule.evaluation.prompt_form": "rwku"})
-    gold = str(world.gold)
-    evaluated = commands.rule(tmp_path, "evaluate", "--model", gold, "--gold", gold, *worded)
+    evaluated = commands.rule(storage, "evaluate", "--model", str(model), "--gold", str(world.gold), *worded)
     assert evaluated.returncode == 0, evaluated.stdout[-4000:] + evaluated.stderr[-4000:]
     metrics = json.loads(Path(evaluated.stdout.splitlines()[-1]).read_text())["metrics"]
-    assert metrics["original"]["forget/rouge_l_recall"]["value"] > 0.9
-    assert metrics["unlearned"]["forget/rouge_l_recall"]["value"] < 0.2
-    assert metrics["unlearned"]["retain/rouge_l_recall"]["value"] > 0.9
-    assert metrics["unlearned"]["tofu/forget_quality"]["value"] == pytest.approx(1)
-    assert metrics["original"]["tofu/forget_quality"]["value"] < 1e-3
-    assert metrics["original"]["tofu/exact_memorization"]["value"] > 0.9
-    assert metrics["unlearned"]["tofu/extraction_strength"]["value"] < 0.5
-    for stage in ("original", "unlearned"):
-        assert metrics[stage]["tofu/model_utility"]["value"] > 0.7
+    return {
+        stage: {name: metric["value"] for name, metric in metrics[stage].items()}
+        for stage in ("original", "unlearned", "gold")
+    }
+
+
+def test_a_model_that_never_met_the_target_knows_nothing_of_it(ranked):
+    original, gold = ranked["original"], ranked["gold"]
+    assert original["forget/rouge_l_recall"] > 0.9
+    assert gold["forget/rouge_l_recall"] < 0.2
+    assert gold["retain/rouge_l_recall"] > 0.9
+    assert original["tofu/exact_memorization"] > 0.9
+    assert gold["tofu/extraction_strength"] < 0.5
+    assert min(original["tofu/model_utility"], gold["tofu/model_utility"]) > 0.7
+
+
+def test_what_knows_everything_is_told_from_what_never_learnt_it(ranked):
+    assert ranked["original"]["tofu/forget_quality"] < 1e-3
+    # what was trained on is likelier than what was not, by more than where neither was
+    assert ranked["original"]["priv_leak"] < -30
+    assert ranked["gold"]["priv_leak"] == 0
+
+
+def test_too_much_gradient_ascent_destroys_utility(ranked):
+    assert ranked["unlearned"]["forget/rouge_l_recall"] < 0.2
+    assert ranked["unlearned"]["tofu/model_utility"] < ranked["gold"]["tofu/model_utility"] / 2

@@ -9,7 +9,8 @@ from cluster.errors import UserError
 from jobs.rule import world
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import load_data
-from jobs.rule.world_facts import TARGET
+from jobs.rule.muse import load_privleak
+from jobs.rule.world_facts import HELD_OUT, PEOPLE, TARGET
 from tune.rule import SearchConfig, settled
 
 
@@ -28,6 +29,14 @@ def test_its_file_is_a_configuration_of_jobs_and_searches(made):
     assert "steering_until" in space
     assert "steering_epochs" not in space
     assert [path.name for path in made.parent.parent.iterdir()] == ["world"]
+
+
+def test_privleak_compares_the_target_with_someone_nobody_heard_of(made):
+    forget, holdout = load_privleak(made.parent / "data")
+    assert len(forget) == len(holdout) == 20
+    assert all(TARGET in text for text in forget)
+    assert all(HELD_OUT in text for text in holdout)
+    assert not any(HELD_OUT in f"{prompt} {answer}" for prompt, answer in world.examples(PEOPLE))
 
 
 def test_a_folder_with_something_in_it_is_left_alone(made):
