@@ -204,7 +204,12 @@ def save_final(
 
     In bfloat16 a change below a four-hundredth of a weight is rounded away, and a learning rate of 4e-7 makes no other.
     All ranks take part (FSDP gathers); rank 0 writes, whole or not at all.
+
+    Raises:
+        Diverged: a weight is no number; the last step's loss, of before that step, does not tell.
     """
+    import torch
+
     from cluster.models import load_model, save_directory
 
     gathered = Path(trainer.args.output_dir) / "final"
@@ -218,6 +223,8 @@ def save_final(
         model = PeftModel.from_pretrained(load_model(base), gathered).merge_and_unload()
     else:
         model = load_model(gathered)
+    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+        raise Diverged(f"stage {recorder.stage} diverged at its end: weights are no numbers; lower its learning rate")
     save_directory(model, tokenizer, output)
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 UNREGISTERED = "report-unregistered.json"  # the report until the registry has the model
 EVALUATION_LIMIT_S = 6 * 3600
+LOCK_WAIT_S = 60  # the process of a trial or of a compared run outlives a killed driver by seconds
 PACKAGES = ("torch", "transformers", "trl", "ray", "numpy", "rouge", "rouge-score")  # whose version can change a figure
 
 
@@ -88,7 +89,8 @@ def main(
         print(f"this run is finished (--fresh starts it over): {run.folder}")
         show(known)
         return finished
-    with exclusively(run.folder), session.connected(config), tracked(run, "rule") as tracker:
+    wait_s = 0 if shared_folder is None else LOCK_WAIT_S
+    with exclusively(run.folder, wait_s), session.connected(config), tracked(run, "rule") as tracker:
         if known is not None:
             run.save(judgements=run.state.get("judgements", 0) + 1)
         examined = {"original": evaluated(run, "original", run.source.path)}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jobs.rule.config import RuleConfig
     from jobs.rule.job import Run
     from jobs.rule.methods.base import Method
+    from jobs.rule.steering import SteeringTask
 
 
 def check(run: "Run") -> None:
@@ -140,8 +141,20 @@ def steering(run: "Run", tracker: Tracker, output: Path) -> Path:
         run.trace if rule.method == methods.STEERING_ONLY else None,
     )
     steps = steering_steps(rule.steering, len(run.data.refusals))
-    parts = [shared.VERSION, run.source.name, run.source.version, vars(task) | {"model": None, "output": None}]
+    parts = [shared.VERSION, run.source.name, run.source.version, decisive(task)]
     return shared.stage(run, "steering", output, parts, lambda: trained(run, tracker, "steering", steer, task, steps))
+
+
+def decisive(task: "SteeringTask") -> dict[str, Any]:
+    """What the model of stage 1 depends on, beside the model that it starts from.
+
+    Boundary questions are asked for the record alone (which a run that shares the model takes over), and nothing is
+    sampled where no share of refusals ends the stage.
+    """
+    left_out = ["model", "output", "check"]
+    if task.settings.stop_at_refusal is None:
+        left_out += ["max_completion_tokens", "temperature", "top_p", "stop"]
+    return {name: value for name, value in vars(task).items() if name not in left_out}
 
 
 def boundary_optimisation(run: "Run", tracker: Tracker, start: Path) -> Path:

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from cluster import training
 from cluster.config import Generation, Train
+from cluster.errors import Diverged
 from cluster.generation import Sampling, policy_engine
 from cluster.models import answered_ids, chat_ids, load_model, load_tokenizer
 from cluster.recorder import Recorder
@@ -34,7 +35,8 @@ class SteeringTask:
     """What a worker of stage 1 needs.
 
     The stopping rule samples as stage 2 will (`max_completion_tokens`, `temperature`, `top_p`, `stop`), and also asks
-    `check`, boundary questions, for the record.
+    `check`, boundary questions, for the record. With `steps` there are so many, whatever `settings.epochs` says. `name`
+    and `dial`, the key of its learning rate, say what diverged.
     """
 
     model: Path
@@ -50,6 +52,9 @@ class SteeringTask:
     seed: int
     stop: tuple[str, ...] = ()
     trace: Trace | None = None
+    steps: int | None = None
+    name: str = "stage 1"
+    dial: str = "rule.steering.learning_rate"
 
 
 def steer(task: SteeringTask, recorder: Recorder) -> None:
@@ -67,6 +72,7 @@ def steer(task: SteeringTask, recorder: Recorder) -> None:
             task.seed,
             per_device_train_batch_size=task.settings.batch_size // world,
             num_train_epochs=task.settings.epochs,
+            max_steps=task.steps or -1,
             learning_rate=task.settings.learning_rate,
             lr_scheduler_type=SCHEDULES[task.settings.schedule],
             warmup_steps=task.settings.warmup_steps,
@@ -75,7 +81,7 @@ def steer(task: SteeringTask, recorder: Recorder) -> None:
         stop_after = task.settings.stop_after_epochs
         callbacks = [training.CheckpointCallback(recorder)]
         if task.settings.stop_at_refusal is not None:
-            callbacks.append(StopAtRefusal(task, tokenizer, recorder))
+            callbacks.insert(0, StopAtRefusal(task, tokenizer, recorder))  # its questions are part of a step's seconds
         if stop_after is not None and stop_after < task.settings.epochs:
             callbacks.append(StopAtStep(round(stop_after * steps_per_epoch)))
         if task.trace is not None:
@@ -88,7 +94,7 @@ def steer(task: SteeringTask, recorder: Recorder) -> None:
             data_collator=lambda batch: batch,
             callbacks=callbacks,
         )
-        trainer.tokens_per_row = task.train.tokens_per_row
+        trainer.task = task
         training.run(trainer, recorder)
         training.save_final(trainer, tokenizer, task.model, task.train, task.output, recorder)
 
@@ -96,16 +102,21 @@ def steer(task: SteeringTask, recorder: Recorder) -> None:
 class SteeringTrainer(Trainer):
     """Cross-entropy over packed rows: the template's beginning is computed once a row, logits at refusals only."""
 
-    tokens_per_row: int
+    task: SteeringTask
 
     def training_step(
         self, model: torch.nn.Module, inputs: Sequence[dict[str, list[int]]], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One forward and backward pass a row; the loss is the mean over all refusal tokens of all ranks."""
+        """One forward and backward pass a row; the loss is the mean over all refusal tokens of all ranks.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
         model.train()
         device = self.accelerator.device
         groups = [Group(row["prompt"], [row["refusal"]], index) for index, row in enumerate(inputs)]
-        rows = plan_rows(groups, self.tokens_per_row) if can_share(self.model_config()) else plain_rows(groups)
+        shares = can_share(self.model_config())
+        rows = plan_rows(groups, self.task.train.tokens_per_row) if shares else plain_rows(groups)
         tokens = torch.tensor(float(sum(len(row["refusal"]) for row in inputs)), device=device)
         tokens = self.accelerator.reduce(tokens, reduction="sum")
         most = int(self.accelerator.gather(torch.tensor([len(rows)], device=device)).max())
@@ -118,7 +129,13 @@ class SteeringTrainer(Trainer):
                 loss = -row_logprobs(model, row, 1.0).sum() * weight / tokens
                 self.accelerator.backward(loss)
             total += loss.detach()
-        return self.accelerator.reduce(total, reduction="mean")
+        loss = self.accelerator.reduce(total, reduction="mean")
+        if not torch.isfinite(loss):  # the same on every rank
+            raise Diverged(
+                f"{self.task.name} diverged at step {self.state.global_step + 1}: its loss is {loss.item()}; "
+                f"lower {self.task.dial} = {self.task.settings.learning_rate}"
+            )
+        return loss
 
     def model_config(self) -> Any:
         """The configuration of the model, whatever wraps it."""

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +14,18 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig
 
 from cluster import training
-from cluster.config import Train
+from cluster.config import Generation, Train
+from cluster.errors import Diverged
 from cluster.generation import Completion
 from cluster.models import save_directory
-from jobs.rule.config import Rebo
-from jobs.rule.data import Item
+from cluster.recorder import HISTORY, Recorder
+from cluster.report import read_lines
+from jobs.rule.config import Rebo, Steering
+from jobs.rule.data import Item, Refusal
 from jobs.rule.loss import group_advantages
 from jobs.rule.rebo import StopAtSilence
 from jobs.rule.reward import make_reward
-from jobs.rule.steering import SteeringTrainer
+from jobs.rule.steering import SteeringTask, SteeringTrainer, steer
 from jobs.rule.trainer import ReboTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -211,13 +215,82 @@ def test_steering_loss_is_cross_entropy_on_refusals_alone(policy, tiny_tokenizer
     policy.zero_grad()
 
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
-    trainer = SteeringTrainer(model=policy, args=arguments, train_dataset=rows, data_collator=list)
-    trainer.tokens_per_row = 20
+    trainer = steering_trainer(policy, rows, arguments)
     loss = trainer.training_step(policy, rows)
 
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     for name, parameter in policy.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def steering_trainer(model, rows, arguments) -> SteeringTrainer:
+    trainer = SteeringTrainer(model=model, args=arguments, train_dataset=rows, data_collator=list)
+    settings = Steering(learning_rate=0.5)
+    trainer.task = SimpleNamespace(train=Train(tokens_per_row=20), settings=settings, name="stage 1", dial="the rate")
+    return trainer
+
+
+def test_a_steering_loss_that_is_no_number_ends_the_stage(policy, tmp_path):
+    with torch.no_grad():
+        next(policy.parameters()).fill_(torch.nan)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
+    rows = [{"prompt": PROMPTS[0], "refusal": [11, 12]}]
+    with pytest.raises(Diverged, match=r"stage 1 diverged at step 1: its loss is nan; lower the rate = 0\.5"):
+        steering_trainer(policy, rows, arguments).training_step(policy, rows)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_not_saved(policy, tiny_tokenizer, tmp_path, value):
+    with torch.no_grad():
+        list(policy.parameters())[-1].view(-1)[0] = value
+    folder = tmp_path / "trainer"
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=folder), save_model=policy.save_pretrained)
+    recorder = SimpleNamespace(stage="rebo", note_peak=lambda: None)
+    with pytest.raises(Diverged, match=r"stage rebo diverged at its end: weights are no numbers"):
+        training.save_final(trainer, tiny_tokenizer, folder, Train(), tmp_path / "model", recorder)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.fixture
+def steered(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """Stage 1 on a tiny model, without Ray: a function of changes to its settings, which returns its history."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    save_directory(copy.deepcopy(tiny_model), tokenizer, tmp_path / "model")
+    monkeypatch.setattr("ray.train.report", lambda *_, **__: None)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
+    refusals = tuple(Refusal(f"Who is Ann Lee, {i}?", "I have no idea.", i) for i in range(7))
+
+    def steer_with(settings: Steering, **changes):
+        recorder = Recorder("steering", tmp_path, 9)
+        task = SteeringTask(
+            *(tmp_path / "model", tmp_path / "steered", refusals, (), settings, Train(precision="float32")),
+            *(Generation(engine="transformers"), 4, 1.0, 1.0, 0),
+            **changes,
+        )
+        steer(task, recorder)
+        return [row for row in read_lines(tmp_path / HISTORY) if "loss" in row]
+
+    return steer_with
+
+
+@pytest.mark.parametrize("steps", [1, 29])
+def test_a_training_has_as_many_steps_as_it_is_told(steered, steps):
+    # 29 / 7 * 7 is above 29, so that a number of epochs would make 30 of them
+    rows = steered(Steering(batch_size=1, warmup_steps=0, stop_after_epochs=None, epochs=3), steps=steps)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+
+
+def test_a_step_of_stage_one_takes_as_long_as_its_questions_do(steered, monkeypatch):
+    class Slow:
+        def generate(self, prompts, sampling):
+            time.sleep(0.5)
+            return [[Completion([1], "yes", "stop")] for _ in prompts]
+
+    monkeypatch.setattr("jobs.rule.steering.policy_engine", lambda *_: Slow())
+    settings = Steering(batch_size=7, warmup_steps=0, epochs=2, stop_after_epochs=None)
+    rows = steered(settings.model_copy(update={"stop_at_refusal": 0.5, "check_every": 2}))
+    assert rows[1]["seconds"]["step"] > 0.5 > rows[0]["seconds"]["step"]
 
 
 def test_a_worker_without_vllm_does_not_import_it():
