@@ -224,7 +224,7 @@ def save_final(
     else:
         model = load_model(gathered)
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
-        raise Diverged(f"stage {recorder.stage} diverged at its end: weights are no numbers; lower its learning rate")
+        raise Diverged(f"stage {recorder.stage} diverged at its end: weights are no numbers; lower the learning rate")
     save_directory(model, tokenizer, output)
 
 
