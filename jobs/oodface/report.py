@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # the threshold of the clean images is what a deployed system has; a model that answers questions has none
 RULES = ("fixed", "answer")
 STAND_IN = "procedural stand-ins, not the paper's generators"
-MARKED = "* procedural stand-ins for the paper's generators"
+MARKED = "* procedural stand-ins, not the paper's"
 
 
 def corrupted(content: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ def heat_map(content: Mapping[str, Any]) -> Figure:
         )
     figure.colorbar(image, label="fall (% of clean)")
     told = {"fixed": "at the threshold of the clean images", "answer": "of pairs told rightly"}[_rule(content)]
-    axes.set_title(f"Relative corruption and variation errors {told}, mean over severities", fontsize=10)
+    axes.set_title(f"Relative corruption and variation errors, mean over severities,\n{told}", fontsize=10)
     if any(name in PROCEDURAL for name in scenarios):
         figure.supxlabel(MARKED, fontsize=8)
     return figure
