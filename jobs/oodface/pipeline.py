@@ -116,7 +116,7 @@ def _made(
                 _decoded,
                 num_cpus=reading,
                 # else every processor of the cluster decodes, each with the pixels of a shard in its memory
-                compute=ray.data.TaskPoolStrategy(size=AHEAD * workers),
+                compute=ray.data.TaskPoolStrategy(size=min(AHEAD * workers, len(todo))),
                 fn_kwargs={"longest": dials.longest_side},
                 max_retries=RESTARTS,
                 **whole,

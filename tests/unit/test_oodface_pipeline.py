@@ -34,7 +34,7 @@ def test_rows_of_one_parquet_file_stay_together():
     assert [task.rows["image_id"].to_pylist() for task in cut] == [["c", "a"], ["d", "b"]]
 
 
-@pytest.mark.parametrize(("workers", "shards", "at_once"), [(1, 9, 2), (3, 9, 6), (8, 2, 4)])
+@pytest.mark.parametrize(("workers", "shards", "at_once"), [(1, 9, 2), (3, 9, 6), (8, 2, 2)])
 def test_two_shards_a_worker_are_decoded_at_once(tmp_path, monkeypatch, workers, shards, at_once):
     stages = []
 
