@@ -148,9 +148,7 @@ def test_looks_at_some_of_the_probes_count_in_no_area(tmp_path):
 
 
 def test_gold_is_shown_beside_the_methods_and_is_none_of_them(outcomes):
-    gold = replace(
-        outcomes[0], name="gold", method="gold", trace=(Point("gold", 1.0, 1.0),), seconds=None, tokens=None
-    )
+    gold = replace(outcomes[0], name="gold", method="gold", trace=(Point("gold", 1.0, 1.0),), seconds=None, tokens=None)
     equal = replace(outcomes[0], name="RS", method="RS")
     content = tradeoff.summary([*outcomes, equal, gold], 42)
     assert "gold" not in content["best"]
