@@ -126,18 +126,19 @@ def rank() -> int:
 def peak_memory_gib() -> float:
     """Highest resident memory of this process so far, in GiB, less the pages of shared memory that it has now.
 
-    Those are of Ray's object store: every process shows the ones that it ever read, the node holds them once.
+    Those are of Ray's object store: every process shows the ones that it ever read, the node holds them once. A lower
+    bound where many were first read after the peak, but no less than what the process itself holds now.
     """
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak - _shared_kib()) / 2**20
+    peak, now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _resident_kib()
+    return max(peak - now.get("RssShmem", 0), now.get("RssAnon", 0) + now.get("RssFile", 0)) / 2**20
 
 
-def _shared_kib() -> int:
+def _resident_kib() -> dict[str, int]:
     status = Path("/proc/self/status")  # of Linux; elsewhere the peak is told whole
     lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith("RssShmem:")), 0)
+    return {line.partition(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
 
 
 def peaks(folder: Path, of: Literal["gib", "gpu_gib"] = "gib") -> dict[str, float]:

@@ -21,15 +21,26 @@ from cluster.recorder import HISTORY, Recorder
 from cluster.report import Metric, digest, read_json, read_lines, write_json, write_lines
 from cluster.tracking import Tracker
 from jobs.rule import attack_report, job, tradeoff
-from jobs.rule.attacks import PLAIN, QUANTISED, AttackTask, Way, answers_file, attacked, longest, recalls, ways
+from jobs.rule.attacks import (
+    PLAIN,
+    PREFILLS,
+    QUANTISED,
+    REWORDINGS,
+    AttackTask,
+    Way,
+    answers_file,
+    attacked,
+    longest,
+    recalls,
+    ways,
+)
 from jobs.rule.config import Rule, RuleConfig, Steering
 from jobs.rule.data import Probe, Refusal, data_folder
 from jobs.rule.in_context import in_form
-from jobs.rule.pareto import paired_difference
+from jobs.rule.pareto import fact_interval, paired_difference
 from jobs.rule.plan import rule_plan
 from jobs.rule.probes import Answer, facts
 from jobs.rule.trace import Trace, known_probes
-from jobs.scoring.intervals import mean_interval
 
 ORIGINAL = "original"
 RELEARNING = "relearning"
@@ -110,6 +121,7 @@ def _concluded(
 ) -> Path:
     """report.json, table, samples and plot; the same to MLflow. `asked_for` is the fact that each probe asks for."""
     recalls = {name: one.recalls for name, one in found.items()}
+    attempt = run.state.get("attempts", 0)  # MLflow keeps what a step has: what is asked again is a later step's
     content = job.provenance(run, tracker) | {
         "job": "attack",
         "metrics": _metrics(recalls, run.config.rule.seed, asked_for),
@@ -127,7 +139,10 @@ def _concluded(
     for name, one in found.items():
         write_lines(one.samples, run.folder / "samples" / f"{name}.jsonl")
         tracker.samples(one.samples, name)
-        tracker.metrics({key: metric["value"] for key, metric in content["metrics"][name].items()}, step=0, stage=name)
+        tracker.metrics(
+            {key: metric["value"] for key, metric in content["metrics"][name].items()}, step=attempt, stage=name
+        )
+    run.save(attempts=attempt + 1)
     path = write_json(content, run.folder / "report.json")
     tracker.artifact(plot, "plots")
     tracker.artifact(path)
@@ -349,9 +364,7 @@ def _metrics(
     metrics: dict[str, dict[str, Metric]] = {}
     for name, by_attack in scores.items():
         every = by_attack | worst_of(by_attack)
-        metrics[name] = {
-            f"recall/{key}": mean_interval(values, seed, groups=asked_for) for key, values in every.items()
-        }
+        metrics[name] = {f"recall/{key}": fact_interval(values, seed, asked_for) for key, values in every.items()}
         metrics[name] |= {
             f"regained/{key}": paired_difference(values, by_attack[PLAIN], seed, asked_for)
             for key, values in every.items()
@@ -361,10 +374,10 @@ def _metrics(
 
 
 def worst_of(by_attack: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Of rewordings and of prefillings, the one that brings most back, probe by probe: KIND/any, of those asked."""
+    """KIND/any of rewordings and prefillings, where all were asked: the one that brings most back, probe by probe."""
     worst = {}
-    for kind in ("rewording", "prefilling"):
-        variants = [values for key, values in by_attack.items() if key.startswith(f"{kind}/")]
-        if variants:
+    for kind, names in (("rewording", REWORDINGS), ("prefilling", PREFILLS)):
+        variants = [by_attack[f"{kind}/{name}"] for name in names if f"{kind}/{name}" in by_attack]
+        if len(variants) == len(names):
             worst[f"{kind}/any"] = [max(values) for values in zip(*variants, strict=True)]
     return worst

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from cluster import models, session
+from cluster import models, runs, session
 from cluster.config import ENVIRONMENT_PREFIX, STORAGE_VARIABLE
 from cluster.errors import JobFailure, UserError, paths_named
 from cluster.memory import GIB
@@ -30,7 +30,7 @@ from jobs.rule import costs, job, methods, stages, tradeoff
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import data_folder
 from jobs.rule.evaluate import Examined, check_lengths, score
-from jobs.rule.gold import Gold, rankings
+from jobs.rule.gold import Gold, gold_scores
 from jobs.rule.in_context import in_form
 from jobs.rule.tofu import load_tofu
 
@@ -156,13 +156,15 @@ def compare(
     `gold`, a model that never saw what was to be forgotten, is asked the same and gets a row of its own.
 
     Raises:
-        UserError: what `jobs.rule.job.main` would refuse of any entry, before any starts.
+        UserError: what `jobs.rule.job.main` would refuse of any entry, or an entry that was trained on other texts,
+            before any starts.
         JobFailure: no method finished.
     """
     with paths_named():
         run, own, pinned = _prepared(config, chosen, out, command, gold)
         used = {entry: costs.data_used(prepared) for entry, prepared in own.items()}
         job.claim(run, fresh)
+        _require_same_texts(own)
     run.shared = run.folder / "shared"
     known = read_json(run.folder / "report.json")
     if known is not None and not known["failures"] and known["methods"] == [entry.name for entry in chosen]:
@@ -198,12 +200,12 @@ def compare(
         content |= tradeoff.summary(outcomes, config.rule.seed)
         if pinned is not None:
             best = {name: Path(content["runs"][name]) / "model" for name in content["best"].values()}
-            ranked = rankings(run, {"original": run.source.path} | best, pinned)
-            content["rankings"] = {
-                name: {key: metric.to_json() for key, metric in found.items()} for name, found in ranked.items()
+            scored = gold_scores(run, {"original": run.source.path} | best, pinned)
+            content["against_gold"] = {
+                name: {key: metric.to_json() for key, metric in found.items()} for name, found in scored.items()
             }
         for one in outcomes:
-            found = content["metrics"][one.name] | content.get("rankings", {}).get(one.name, {})
+            found = content["metrics"][one.name] | content.get("against_gold", {}).get(one.name, {})
             flat = {name: metric["value"] for name, metric in found.items()}
             tracker.metrics(flat, step=0, stage=one.name.replace("@", "-"))
         plot = run.folder / "plots" / "tradeoff.png"
@@ -260,6 +262,17 @@ def _prepared(
     return run, own, pinned
 
 
+def _require_same_texts(own: Mapping[Entry, job.Run]) -> None:
+    """Raises UserError where the comparison's folder holds an entry that was trained on other texts."""
+    for entry, prepared in own.items():
+        state = read_json(prepared.folder / runs.STATE)
+        if state is not None and state.get("identity") != prepared.state["identity"]:
+            raise UserError(
+                f"{prepared.folder} holds {entry.name} trained on other texts than {prepared.config.rule.data} has "
+                "now; take another --out, or --fresh to train all entries of this folder again"
+            )
+
+
 def show(content: dict[str, Any]) -> None:
     """The table, what is decided, and what failed."""
     from rich.console import Console
@@ -298,8 +311,7 @@ def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
 def _run(entry: Entry, own: job.Run, shared: Path, address: str, processes: Processes) -> str | None:
     """Trains and evaluates one entry unless that is done; returns what it said where it failed."""
     folder = own.folder
-    state = read_json(folder / "state.json") or {}
-    if (folder / "report.json").exists() and state.get("identity") == own.state["identity"]:
+    if (folder / "report.json").exists():
         print(f"[{entry.name}] is finished", flush=True)
         return None
     file, log_path = beside(folder, ".yaml"), beside(folder, ".log")

@@ -1,4 +1,4 @@
-"""How near a comparison's models come to one that never saw what was to be forgotten, by TOFU's two scores.
+"""How near a comparison's models come to one that never saw what was to be forgotten: TOFU's two scores.
 
 Needs TOFU's files in the data (`jobs.rule.tofu.FILES`); every model is asked on a worker, and its scores are kept.
 """
@@ -43,7 +43,7 @@ class TofuTask:
     stop: tuple[str, ...] = ()
 
 
-def rankings(run: Run, asked: Mapping[str, Path], gold: Gold) -> dict[str, dict[str, Metric]]:
+def gold_scores(run: Run, asked: Mapping[str, Path], gold: Gold) -> dict[str, dict[str, Metric]]:
     """`forget_quality` against `gold` and `model_utility` of each model in `asked`, and of gold its utility.
 
     A score is left out where the files that it needs are not there.

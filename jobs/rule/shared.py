@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,41 +32,52 @@ def once(folder: Path | None, name: str, parts: Any, make: Callable[[], dict]) -
         return read_json(path) or read_json(write_json(make(), path))
 
 
-def stage(run: "Run", name: str, output: Path, parts: Any, train: Callable[[], Path]) -> Path:
+def stage(
+    run: "Run", name: str, output: Path, parts: Any, train: Callable[[], Path], asked: Mapping[str, Any] | None = None
+) -> Path:
     """The model of a training stage in `output`: trained, or linked from another run that trained the same.
 
     Its seconds and history come with it, so that every run's report counts them.
+
+    Args:
+        parts: what the model depends on.
+        asked: figure of the history -> what was asked for it, where the model does not depend on that; a run that
+            asks for something else takes over the model without this figure.
     """
+    questions = {figure: digest(content) for figure, content in (asked or {}).items()}
     if run.shared is None:
         return train()
     place = run.shared / f"{name}-{digest(parts)}"
     with _turn(place):
         if place.exists() and not (output / "config.json").exists():
-            _take(run, name, place, output)
+            _take(run, name, place, output, questions)
         else:
             train()
             if not place.exists():
-                _give(run, name, output, place)
+                _give(run, name, output, place, questions)
     return output
 
 
-def _take(run: "Run", name: str, place: Path, output: Path) -> None:
-    others = [row for row in read_lines(run.folder / HISTORY) if row["stage"] != name]
-    write_lines([*read_lines(place / HISTORY), *others], run.folder / HISTORY)
+def _take(run: "Run", name: str, place: Path, output: Path, asked: Mapping[str, str]) -> None:
     known = read_json(place / "stage.json")
+    foreign = {figure for figure, content in asked.items() if known.get("asked", {}).get(figure) != content}
+    others = [row for row in read_lines(run.folder / HISTORY) if row["stage"] != name]
+    rows = [{key: value for key, value in row.items() if key not in foreign} for row in read_lines(place / HISTORY)]
+    write_lines([*rows, *others], run.folder / HISTORY)
     if known["peak"] is not None:
         write_json(known["peak"], run.folder / f"peak-{name}.json")
     run.save(seconds=run.state.get("seconds", {}) | {name: known["seconds"]})
     _link(place / "model", output)
 
 
-def _give(run: "Run", name: str, output: Path, place: Path) -> None:
+def _give(run: "Run", name: str, output: Path, place: Path, asked: Mapping[str, str]) -> None:
     partial = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
     try:
         _link(output, partial / "model")
         write_lines([row for row in read_lines(run.folder / HISTORY) if row["stage"] == name], partial / HISTORY)
         peak = read_json(run.folder / f"peak-{name}.json")
-        write_json({"seconds": run.state.get("seconds", {}).get(name, 0.0), "peak": peak}, partial / "stage.json")
+        known = {"seconds": run.state.get("seconds", {}).get(name, 0.0), "peak": peak, "asked": dict(asked)}
+        write_json(known, partial / "stage.json")
         partial.rename(place)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

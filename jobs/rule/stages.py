@@ -142,14 +142,20 @@ def steering(run: "Run", tracker: Tracker, output: Path) -> Path:
     )
     steps = steering_steps(rule.steering, len(run.data.refusals))
     parts = [shared.VERSION, run.source.name, run.source.version, decisive(task)]
-    return shared.stage(run, "steering", output, parts, lambda: trained(run, tracker, "steering", steer, task, steps))
+    return shared.stage(
+        run,
+        "steering",
+        output,
+        parts,
+        lambda: trained(run, tracker, "steering", steer, task, steps),
+        asked={"refusal_boundary": task.check},
+    )
 
 
 def decisive(task: "SteeringTask") -> dict[str, Any]:
     """What the model of stage 1 depends on, beside the model that it starts from.
 
-    Boundary questions are asked for the record alone (which a run that shares the model takes over), and nothing is
-    sampled where no share of refusals ends the stage.
+    Boundary questions are asked for the record alone, and nothing is sampled where no share of refusals ends the stage.
     """
     left_out = ["model", "output", "check"]
     if task.settings.stop_at_refusal is None:

@@ -13,11 +13,9 @@ from cluster.report import Metric, read_json, read_lines
 from jobs.rule.costs import Spent
 from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS
 from jobs.rule.evaluate import unpacked
-from jobs.rule.pareto import LEAST_FACTS, Point, area, front, paired_difference, verdict
-from jobs.rule.probes import Answer, facts, recalled
+from jobs.rule.pareto import LEAST_FACTS, Point, area, fact_interval, front, paired_difference, verdict
+from jobs.rule.probes import Answer, facts, leaked, recalled
 from jobs.rule.trace import AXES, known_probes, scores
-from jobs.scoring.intervals import mean_interval, share_interval
-from jobs.scoring.rouge import stemmed_rouge_l_recall
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +26,7 @@ GOLD = "gold"  # a model that never saw what is to be forgotten: shown beside th
 TRAININGS = ("steering", "rebo", "unlearning")
 HALF_KEEPS = 0.85
 FLOORS = (0.0, 0.4, 0.5, 0.6, 0.7)
-RANKINGS = {"p(gold)": "forget_quality", "utility": "model_utility"}
+GOLD_SCORES = {"p(gold)": "forget_quality", "utility": "model_utility"}
 STEMMED = tuple(f"{axis}/stemmed" for axis in AXES)
 COPIED = {
     "refusal": "known/forget/refusal",
@@ -192,7 +190,7 @@ def table(content: Mapping[str, Any]) -> "Table":
         "tokens",
         "D_f %",
         "D_r %",
-        *(RANKINGS if content.get("rankings") else ()),
+        *(GOLD_SCORES if content.get("against_gold") else ()),
         "front",
     ):
         shown.add_column(name, justify="right")
@@ -208,18 +206,25 @@ def table(content: Mapping[str, Any]) -> "Table":
             "-" if cost["tokens"] is None else f"{cost['tokens']:,}",
             *("-" if share is None else f"{100 * share:.0f}" for share in cost["data_used"].values()),
         ]
-        if content.get("rankings"):
-            ranked = content["rankings"].get(name, {})
-            cells += [f"{ranked[key]['value']:.2g}" if key in ranked else "-" for key in RANKINGS.values()]
+        if content.get("against_gold"):
+            ranked = content["against_gold"].get(name, {})
+            cells += [f"{ranked[key]['value']:.2g}" if key in ranked else "-" for key in GOLD_SCORES.values()]
         mark = "yes" if name in content["front"] else "" if name not in content["best"].values() else "no"
         shown.add_row(name, *cells, mark)
     shown.caption = (
-        "Means with 95 % intervals over facts. Forgotten: 1 - ROUGE-L recall on forget probes that the original\n"
-        "knows; retained: recall on neighbours and general knowledge that it knows. Minutes: of training, with\n"
-        "start-up and looks. D_f, D_r: tokens read, in percent of the corpora.\n"
+        "Forgotten: 1 - ROUGE-L recall on forget probes that the original knows; retained: recall on neighbours and\n"
+        "general knowledge that it knows; 95 % intervals over the facts asked for, those of the others over probes.\n"
+        "Minutes: of training, with start-up and looks. D_f, D_r: tokens read, in percent of the corpora.\n"
         "Front: of each method's best run (largest product of forgotten and retained), chosen on the same probes: the\n"
         "more runs a method has, the more its figures lean to the good side."
     )
+    if content.get("against_gold"):
+        found = content["against_gold"]["original"]
+        before = ", ".join(f"{short} {found[key]['value']:.2g}" for short, key in GOLD_SCORES.items() if key in found)
+        shown.caption += (
+            "\np(gold): TOFU's forget quality, near 1 where nobody can tell the model from gold; utility: TOFU's, of\n"
+            f"what is to stay. The original has {before}."
+        )
     shown.caption_justify = "left"
     return shown
 
@@ -245,7 +250,8 @@ def verdicts(content: Mapping[str, Any]) -> list[str]:
             state = {"better": "more", "worse": "less"}.get(found["verdict"])
             if state:
                 size = f"{abs(100 * found['value']):.0f} points [{low:.0f}, {high:.0f}]"
-                doubt = "" if axes[stemmed]["verdict"] == found["verdict"] else "; undecided by recall of stems"
+                by_stems = axes[stemmed]["verdict"]
+                doubt = "" if by_stems == found["verdict"] else f"; {by_stems} by recall of stems"
                 sentences.append(f"{one} has {state} {axis} than {other}: {size}{doubt}")
     return sentences
 
@@ -302,7 +308,7 @@ def _scores(answers: Sequence[Answer], is_known: Sequence[bool]) -> dict[str, li
     if not all(found.values()):
         side = "forget" if not found["forgotten"] else "retained"
         raise UserError(f"the original model answers no {side} probe, so that methods cannot be compared; take others")
-    stems = scores(probes, [stemmed_rouge_l_recall(answer.completion, answer.probe.answer) for answer in chosen])
+    stems = scores(probes, [leaked(answer.completion, answer.probe.answer) for answer in chosen])
     return found | dict(zip(STEMMED, stems.values(), strict=True))
 
 
@@ -314,15 +320,7 @@ def _facts(original: Sequence[Answer], is_known: Sequence[bool]) -> dict[str, li
 
 
 def _intervals(one: Outcome, seed: int) -> dict[str, Metric]:
-    """Of each axis; where all probes have one and the same of both ends, Wilson's over the facts, which has a width."""
-    found = {}
-    for axis, values in one.scores.items():
-        metric = mean_interval(values, seed, groups=one.facts[axis])
-        if set(values) in ({0.0}, {1.0}):
-            ends = share_interval([bool(values[0])] * len(set(one.facts[axis])), seed)
-            metric = Metric(metric.value, ends.ci95, metric.n, seed)
-        found[axis] = metric
-    return found
+    return {axis: fact_interval(values, seed, one.facts[axis]) for axis, values in one.scores.items()}
 
 
 def _differences(one: Outcome, other: Outcome, seed: int) -> dict[str, Any]:

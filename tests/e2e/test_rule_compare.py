@@ -75,7 +75,7 @@ def test_what_was_finished_stays_and_the_rest_is_done(compared):
     assert report["differences"]["RULE - ICU"]["retained"]["verdict"] == "better"
     assert "RULE" in report["front"]
     assert (folder / "plots" / "tradeoff.png").stat().st_size > 10_000
-    ranked = report["rankings"]
+    ranked = report["against_gold"]
     assert set(ranked) == {"original", "gold", *FINISHED}
     assert "forget_quality" not in ranked["gold"]
     # a model that knows everything is told from one that was never told of the target

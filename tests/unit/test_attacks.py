@@ -365,6 +365,8 @@ def test_the_curves_begin_at_the_plain_question(content):
 
 
 def test_the_worst_is_taken_probe_by_probe():
-    given = {"plain": [0, 0], "rewording/a": [0.1, 0.9], "rewording/b": [0.5, 0.2], "prefilling/a": [0.3, 0.4]}
-    assert worst_of(given) == {"rewording/any": [0.5, 0.9], "prefilling/any": [0.3, 0.4]}
+    first, second, *others = REWORDINGS
+    given = {"plain": [0, 0], f"rewording/{first}": [0.1, 0.9], f"rewording/{second}": [0.5, 0.2]}
+    given |= {f"rewording/{name}": [0, 0] for name in others} | {f"prefilling/{next(iter(PREFILLS))}": [0.3, 0.4]}
+    assert worst_of(given) == {"rewording/any": [0.5, 0.9]}  # not every opening was asked
     assert worst_of({"plain": [0, 0]}) == {}

@@ -136,6 +136,9 @@ def test_a_verdict_that_case_and_punctuation_made_is_doubted(outcomes):
     content = tradeoff.summary([replace(one, scores={**one.scores, **alike}) for one in (rule, ga)], 42)
     [sentence] = tradeoff.verdicts(content)
     assert sentence.endswith("; undecided by recall of stems")
+    turned = {"forgotten/stemmed": [0.0] * 12}
+    content = tradeoff.summary([replace(rule, scores={**rule.scores, **turned}), ga], 42)
+    assert content["differences"]["RULE - GA@1e-6"]["forgotten/stemmed"]["verdict"] == "undecided"
 
 
 def test_looks_at_some_of_the_probes_count_in_no_area(tmp_path):
@@ -179,6 +182,21 @@ def test_nothing_known_is_nothing_to_compare(tmp_path):
         tradeoff.require_known(unknown, 0.5)
     with pytest.raises(UserError, match="answers no forget probe"):
         tradeoff.outcome("GA", "GA", folder, 0.5, [], {})
+
+
+def test_an_entry_of_other_texts_is_told_before_anything_starts(demo, tmp_path):
+    own = Run(demo.config, demo.data, demo.source, tmp_path, "", state={"identity": "new"})
+    compare._require_same_texts({Entry("GA"): own})
+    (tmp_path / "state.json").write_text('{"identity": "old"}')
+    with pytest.raises(UserError, match="holds GA trained on other texts than demo has now"):
+        compare._require_same_texts({Entry("GA"): own})
+
+
+def test_recall_of_stems_reads_other_scripts_too():
+    general = Answer(Probe("q", "東京", "general", "", ""), "東京", False, False, 1.0)
+    forget = replace(general, probe=replace(general.probe, kind="forget_qa"))
+    found = tradeoff._scores([general, forget], [True, True])
+    assert (found["forgotten/stemmed"], found["retained/stemmed"]) == ([0.0], [1.0])
 
 
 def test_entries_carry_their_learning_rate_to_where_it_belongs():
