@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import joblib
 import pyarrow as pa
@@ -18,6 +19,9 @@ from jobs.oodface import catalogue, protocols
 from jobs.oodface.config import Corrupt, OodfaceConfig
 from jobs.oodface.run import Run, catalogue_folder, demanded, prepare, usable, work_plan
 from jobs.oodface.scenarios import PROCEDURAL
+
+if TYPE_CHECKING:
+    from jobs.oodface.pipeline import Task
 
 PACKAGES = ("torch", "numpy", "kornia", "opencv-python-headless", "pillow", "ray", "pyspark")
 IMAGES = "images"  # where `corrupt` puts files with output = folders, and `ask` those that it shows
@@ -40,11 +44,10 @@ def corrupt(config: OodfaceConfig, out: Path | None = None, fresh: bool = False,
         if (content := _finished(run, found)) is not None:
             return _told(run, content, report.corrupted)
         rows = usable(found.manifest.files(found.folder))
-        demanded(run, "corrupt", rows).require_fit()
+        images = run.folder / IMAGES if config.oodface.corrupt.output == "folders" else None
+        shards = _shards(run, "corrupt", found, rows, run.folder / "shards", images)
         with session.connected(config), _tracked(run, found) as tracker:
-            folder = run.folder / "shards"
-            images = run.folder / IMAGES if config.oodface.corrupt.output == "folders" else None
-            content, manifest = _made(run, found, rows, folder, _writer(run), images)
+            content, manifest = _made(run, shards, _writer(run))
             content = _provenance(run, found, tracker, "corrupt") | content | {"manifest": manifest.digest}
             _keep(run, tracker, content, report.pictures(run, found, content))
     return _told(run, content, report.corrupted)
@@ -65,12 +68,11 @@ def evaluate(config: OodfaceConfig, out: Path | None = None, fresh: bool = False
         if (content := _finished(run, found)) is not None:
             return _told(run, content, report.evaluated)
         rows, pairs = _compared(run, found)
-        demanded(run, "evaluate", rows).require_fit()
+        shards = _shards(run, "evaluate", found, rows, run.folder / "embeddings")
         with session.connected(config), _tracked(run, found) as tracker:
-            folder = run.folder / "embeddings"
-            content, manifest = _made(run, found, rows, folder, _embedder(run))
+            content, manifest = _made(run, shards, _embedder(run))
             with run.phase("scoring"):
-                scored = scoring.score(manifest.files(folder), pairs, run.conditions, config.oodface)
+                scored = scoring.score(manifest.files(shards.folder), pairs, run.conditions, config.oodface)
             content = _provenance(run, found, tracker, "evaluate") | content | scored | {"pairs_dropped": pairs.dropped}
             content["seconds"] = run.state["seconds"]
             _track(tracker, scored["metrics"])
@@ -99,10 +101,10 @@ def ask(config: OodfaceConfig, out: Path | None = None, fresh: bool = False, com
         # MLflow keeps what a step has: figures of other answers are a later step's
         asked = 0 if content is None else content["asked"] + 1
         rows, pairs = _compared(run, found)
-        demanded(run, "ask", rows).require_fit()
         images = run.folder / IMAGES
+        shards = _shards(run, "ask", found, rows, run.folder / "shards", images)
         with session.connected(config), _tracked(run, found) as tracker:
-            content, manifest = _made(run, found, rows, run.folder / "shards", _photographer(run), images)
+            content, manifest = _made(run, shards, _photographer(run))
             lost = {one["image_id"] for one in content["lost"]}
             pairs = protocols.present(pairs, {*pairs.images()} - lost, "drop")
             with run.phase("questions"):
@@ -195,15 +197,25 @@ def _embedder(run: Run) -> Callable[[], Any]:
     return partial(Embedder, work_plan(run.config, run.conditions), dials.models, dials.defences)
 
 
-def _made(
-    run: Run,
-    found: catalogue.Catalogue,
-    rows: pa.Table,
-    folder: Path,
-    maker: Callable[[], Any],
-    images: Path | None = None,
-) -> tuple[dict[str, Any], datasets.Manifest]:
-    """The shards of these rows, all of them, and where the time went; `images` holds files that the shards name."""
+@dataclass(frozen=True)
+class _Shards:
+    """All shards of a run and those that are missing; configuration: what decides what they hold. images: how many."""
+
+    folder: Path
+    configuration: Mapping[str, Any]
+    images: int
+    todo: Sequence["Task"]
+    missing: Sequence["Task"]
+
+
+def _shards(
+    run: Run, what: str, found: catalogue.Catalogue, rows: pa.Table, folder: Path, images: Path | None = None
+) -> _Shards:
+    """What is to be made of these rows of the catalogue; `images` holds files that the shards name.
+
+    Raises:
+        UserError: what is missing cannot fit into this machine.
+    """
     from jobs.oodface import pipeline
 
     dials = run.config.oodface
@@ -216,12 +228,23 @@ def _made(
         done = {index for index, shard in done.items() if pipeline.files_present(folder / shard.file, images)}
     missing = [task for task in todo if task.index not in done]
     print(f"{len(done)} of {len(todo)} shards are there already", flush=True)
+    if missing:  # a run that only scores starts no worker
+        demanded(run, what, pa.concat_tables(task.rows for task in missing)).require_fit()
+    return _Shards(folder, configuration, rows.num_rows, todo, missing)
+
+
+def _made(run: Run, shards: _Shards, maker: Callable[[], Any]) -> tuple[dict[str, Any], datasets.Manifest]:
+    """The shards, all of them, and where the time went."""
+    from jobs.oodface import pipeline
+
+    dials, total = run.config.oodface, len(shards.todo)
     count, start = 0, time.monotonic()
     with run.phase("shards", goes_on=True):
-        for number, record in enumerate(pipeline.run(missing, folder, maker, dials), len(done) + 1):
+        made = pipeline.run(shards.missing, shards.folder, maker, dials)
+        for number, record in enumerate(made, total - len(shards.missing) + 1):
             count += record["rows"]
-            print(f"shard {number}/{len(todo)}  {count / (time.monotonic() - start):.0f} images/s", flush=True)
-    manifest = datasets.finish(folder, configuration, [task.index for task in todo])
+            print(f"shard {number}/{total}  {count / (time.monotonic() - start):.0f} images/s", flush=True)
+    manifest = datasets.finish(shards.folder, shards.configuration, [task.index for task in shards.todo])
     notes = [shard.note for shard in manifest.shards]
     lost = [image for note in notes for image in note["lost"]]
     if lost and run.pairs is not None and dials.evaluate.missing == "refuse":
@@ -231,7 +254,7 @@ def _made(
             "oodface.evaluate.missing=drop"
         )
     content = {
-        "images": rows.num_rows - len(lost),
+        "images": shards.images - len(lost),
         "conditions": len(run.conditions),
         "rows": manifest.rows,
         "no_face": sorted({image for note in notes for image in note["no_face"]}),

@@ -38,29 +38,21 @@ STORE = 0.15  # of a node's memory: Ray's object store has .3, and Ray Data fill
 class Demand:
     """What a run asks for.
 
-    images: photographs, None where neither catalogue nor pairs say. shard: bytes of the largest decoded shard; exact:
-    whether the photographs' sizes are known, else it is the most that it can be. crops: of one face, all that are made
-    or embedded. rows: (use, bytes, note) of one worker's memory. gpu_rows: of the GPU's, empty without one.
+    images: photographs, None where neither catalogue nor pairs say; shards: that they are cut into, None likewise.
+    workers: processes at work, no more than there are shards. shard: bytes of the largest decoded shard; exact: whether
+    the photographs' sizes are known, else it is the most that it can be. crops: of one face, all that are made or
+    embedded. rows: (use, bytes, note) of one worker's memory. gpu_rows: of the GPU's, empty without one.
     """
 
     config: OodfaceConfig
     images: int | None
+    shards: int | None
+    workers: int
     shard: int
     exact: bool
     crops: str
     rows: tuple[tuple[str, int, str], ...]
     gpu_rows: tuple[tuple[str, int, str], ...]
-
-    @property
-    def workers(self) -> int:
-        """Processes at work; no more than there are shards."""
-        dials = self.config.oodface
-        return dials.num_workers if self.images is None else max(1, min(dials.num_workers, self.shards))
-
-    @property
-    def shards(self) -> int | None:
-        """How many there are, None where that is not known yet."""
-        return None if self.images is None else math.ceil(self.images / self.config.oodface.faces_per_shard)
 
     def store(self, node: Node) -> int:
         """Bytes of the machine's object store that decoded shards may take."""
@@ -82,9 +74,11 @@ class Demand:
             )
         needed, usable = self.memory(node), USABLE * node.memory - RESERVE
         if self.exact and needed > usable:
+            fewer = self.workers > 1  # a remedy only then
             return (
-                f"oodface.num_workers = {self.workers} needs about {gib(needed)} of memory, and {gib(usable)} are "
-                "usable; lower it, oodface.faces_per_shard or oodface.longest_side"
+                f"{f'oodface.num_workers = {self.workers}' if fewer else 'one worker'} needs about {gib(needed)} of "
+                f"memory, and {gib(usable)} are usable; lower {'it, ' if fewer else ''}oodface.faces_per_shard or "
+                "oodface.longest_side"
             )
         here = math.floor(1 / dials.gpus_per_worker + 1e-9) if dials.gpus_per_worker else 0
         on_gpu = min(here, self.workers) * sum(size for _, size, _ in self.gpu_rows)
@@ -160,6 +154,11 @@ def demand(
         shard = pipeline.largest_shard(pipeline.tasks(rows, dials.faces_per_shard), dials.longest_side)
     elif images is not None:
         shard = min(images, dials.faces_per_shard) * dials.longest_side**2 * 3
+    shards = None if images is None else math.ceil(images / dials.faces_per_shard)
+    workers = dials.num_workers if shards is None else max(1, min(dials.num_workers, shards))
+    # as many as the pipeline starts, of each worker its part
+    ahead = pipeline.AHEAD if shards is None else min(pipeline.AHEAD, shards / workers)
+    decoding = "1 task that decodes beside it" if ahead == 1 else f"{ahead:.2g} tasks that decode beside it"
     templates = _templates(config, what)
     faces = dials.faces_per_shard if images is None else min(images, dials.faces_per_shard)
     pixels = sum(one.height * one.width * 3 for one in templates)
@@ -168,7 +167,7 @@ def demand(
     memory = [
         ("process", WORKER, "Python, torch, networks"),
         ("photographs of a shard", shard, "8 bits a value"),
-        (f"{pipeline.AHEAD} tasks that decode beside it", pipeline.AHEAD * (DECODER + 2 * shard), "a shard each"),
+        (decoding, round(ahead * (DECODER + 2 * shard)), "a shard each"),
     ]
     on_gpu = []
     working = [
@@ -184,7 +183,8 @@ def demand(
     if what == "corrupt" and dials.corrupt.output == "parquet":
         memory.append(("encoded images of a shard", 2 * faces * conditions * pixels, "at most"))
     crops = _crops(config, what, conditions)
-    return Demand(config, images, shard, rows is not None, crops, tuple(memory), tuple(on_gpu))
+    exact = rows is not None
+    return Demand(config, images, shards, workers, shard, exact, crops, tuple(memory), tuple(on_gpu))
 
 
 def _crops(config: OodfaceConfig, what: str, conditions: int) -> str:

@@ -27,7 +27,7 @@ from jobs.oodface.defences import defended
 from jobs.oodface.faces import models
 from jobs.oodface.faces.align import DLIB_YUNET, TEMPLATES, Aligned, Template, align
 from jobs.oodface.faces.config import Detection, OnnxFace
-from jobs.oodface.faces.detector import choose, load_detector
+from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.randomness import keys
 from jobs.oodface.scenario import CLEAN, Images, Scenario
 from jobs.oodface.scenarios import PROCEDURAL, distort, find
@@ -130,9 +130,8 @@ class Faces:
     def _aligned(self, pixels: list[np.ndarray], templates: Sequence[Template]) -> tuple[list[Aligned], list[int]]:
         """Crops a template, and how many faces each photograph shows."""
         images = [_image(one, self.device) for one in pixels]
-        found = self.detector.detect(images)
-        chosen = [choose(faces, image.shape[2], image.shape[1]) for faces, image in zip(found, images, strict=True)]
-        return [align(images, chosen, template) for template in templates], [len(faces) for faces in found]
+        chosen, counts = self.detector.portraits(images)
+        return [align(images, chosen, template) for template in templates], counts
 
     def under(self, crops: Crops, image_ids: Sequence[str], scenario: str, severity: int) -> Images:
         """The crops under a condition."""

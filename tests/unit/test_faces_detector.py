@@ -119,7 +119,7 @@ def test_a_big_batch_is_cut():
 
 def test_noise_and_grey_are_no_faces(detector):
     images = [torch.rand(3, 100, 180), torch.full((3, 40, 40), 0.5), torch.zeros(3, 1, 1), torch.zeros(3, 700, 3)]
-    assert detector.portraits(images) == [None] * 4
+    assert detector.portraits(images) == ([None] * 4, [0] * 4)
 
 
 def test_the_chosen_face_is_large_and_near_the_centre():
@@ -129,6 +129,14 @@ def test_the_chosen_face_is_large_and_near_the_centre():
     # The same faces in an image whose centre is near the larger: 900 - 2 * 50 against 400 - 2 * 1800.
     assert choose([centred, larger_aside], 40, 40) is larger_aside
     assert choose([], 100, 100) is None
+
+
+def test_a_portrait_is_of_its_chosen_face_and_the_others_are_counted(monkeypatch):
+    centred, aside = face(40, 40, 60, 60), face(0, 0, 30, 30)
+    detector = Detector(OneCell())
+    monkeypatch.setattr(detector, "detect", lambda images: [[aside, centred], [], [aside, centred]])
+    images = [torch.zeros(3, 100, 100), torch.zeros(3, 9, 9), torch.zeros(3, 40, 40)]
+    assert detector.portraits(images) == ([centred, None, aside], [2, 0, 2])
 
 
 def onnxruntime_heads(image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -183,13 +191,13 @@ def test_faces_are_those_of_opencv(detector):
 def test_a_face_is_found_at_other_sizes_at_the_same_place(detector):
     """The network's landmarks jitter by a tenth of the distance of the eyes when an image changes its size at all."""
     images = photographs(12)
-    plain = detector.portraits(images)
+    plain, _ = detector.portraits(images)
     for scale in (0.4, 4):
         scaled = [
             F.interpolate(image[None], scale_factor=scale, mode="bilinear", antialias=True)[0] for image in images
         ]
         shares = []
-        for here, there in zip(plain, detector.portraits(scaled), strict=True):
+        for here, there in zip(plain, detector.portraits(scaled)[0], strict=True):
             back = (there.landmarks + 0.5) / scale - 0.5
             eyes = (here.landmarks[0] - here.landmarks[1]).norm()
             shares.append((back - here.landmarks) / eyes)
@@ -200,7 +208,7 @@ def test_a_face_is_found_at_other_sizes_at_the_same_place(detector):
 
 @needs_shared
 def test_landmarks_stand_in_their_order(detector):
-    for found in detector.portraits(photographs(6)):
+    for found in detector.portraits(photographs(6))[0]:
         right_eye, left_eye, nose, right_mouth, left_mouth = found.landmarks
         assert right_eye[0] < left_eye[0]
         assert right_mouth[0] < left_mouth[0]
@@ -212,6 +220,6 @@ def test_landmarks_stand_in_their_order(detector):
 @needs_shared
 def test_a_gpu_finds_the_faces_of_the_cpu(detector):
     images = photographs(8)
-    found = load_detector("cuda").portraits(images)
-    for mine, theirs in zip(detector.portraits(images), found, strict=True):
+    found, _ = load_detector("cuda").portraits(images)
+    for mine, theirs in zip(detector.portraits(images)[0], found, strict=True):
         assert (mine.landmarks - theirs.landmarks).abs().max() < 0.5

@@ -198,7 +198,7 @@ def test_pairs_of_lfw_are_told_apart(name, loaded):
         pairs = [row for row in csv.DictReader(file) if row["fold"] == "0"]
     names = sorted({pair[side] for pair in pairs for side in ("image_a", "image_b")})
     images = [decode_image(str(SHARED / "images" / found), ImageReadMode.RGB) / 255 for found in names]
-    aligned = align(images, load_detector().portraits(images), model.template)
+    aligned = align(images, load_detector().portraits(images)[0], model.template)
     assert aligned.found.all()
     raw = model.network(aligned.crops).detach()
     by_name = dict(zip(names, raw, strict=True))

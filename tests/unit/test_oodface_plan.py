@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -11,9 +12,9 @@ from cluster import datasets
 from cluster.config import load
 from cluster.errors import UserError
 from cluster.memory import GIB, Node
-from jobs.oodface import plan
+from jobs.oodface import job, plan
 from jobs.oodface.config import OodfaceConfig
-from jobs.oodface.run import catalogue_folder, dry_run
+from jobs.oodface.run import Run, catalogue_folder, dry_run
 
 MACHINE = Node(24 * GIB, (), 100 * GIB)
 EIGHT_GPUS = Node(512 * GIB, (80 * GIB,) * 8, 100 * GIB)
@@ -67,6 +68,46 @@ def test_what_cannot_fit_is_refused_with_a_remedy():
     assert plan.demand(elsewhere, "evaluate", 151, photographs(5000, 2048, 2048)).refusal(MACHINE) is None
 
 
+def test_no_more_tasks_decode_than_there_are_shards():
+    own = config("oodface.faces_per_shard=10", "oodface.num_workers=2")
+
+    def beside(count: int | None) -> tuple[str, int]:
+        """What a worker's decoding tasks are called, and their bytes."""
+        found = plan.demand(own, "evaluate", 3, None if count is None else photographs(count, 100, 100))
+        [row] = [(use, size) for use, size, note in found.rows if note == "a shard each"]
+        return row
+
+    one = plan.DECODER + 2 * 10 * 100 * 100 * 3
+    assert beside(10) == ("1 task that decodes beside it", one)
+    assert beside(20) == ("1 task that decodes beside it", one)
+    assert beside(30) == ("1.5 tasks that decode beside it", round(1.5 * one))
+    assert beside(40) == beside(4000) == ("2 tasks that decode beside it", 2 * one)
+    assert beside(None)[0] == "2 tasks that decode beside it"
+
+
+def test_a_single_worker_is_not_told_to_be_fewer():
+    alone = config("oodface.faces_per_shard=2000", "oodface.num_workers=2")
+    told = plan.demand(alone, "evaluate", 151, photographs(2000, 2048, 2048)).refusal(MACHINE)
+    assert told.startswith("one worker needs about")
+    assert told.endswith("usable; lower oodface.faces_per_shard or oodface.longest_side")
+
+
+def test_only_what_is_missing_has_to_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "this_node", lambda storage: MACHINE)
+    own = config("oodface.faces_per_shard=2000", "oodface.num_workers=2", f"cluster.storage={tmp_path}")
+    rows = pa.concat_tables([photographs(2000, 2048, 2048), photographs(2001, 100, 100).slice(2000)])
+    run, found = Run(own, tmp_path, "", (("clean", 0),), {}, state={"identity": "1"}), SimpleNamespace(digest="2")
+    folder, note = tmp_path / "embeddings", {"lost": []}
+    with pytest.raises(UserError, match="usable; lower"):
+        job._shards(run, "evaluate", found, rows, folder)
+    datasets.write_shard(folder, 0, pa.table({"a": [1]}), note)
+    assert [task.index for task in job._shards(run, "evaluate", found, rows, folder).missing] == [1]
+    datasets.write_shard(folder, 1, pa.table({"a": [1]}), note)
+    monkeypatch.setattr(plan, "this_node", lambda storage: Node(GIB, (), 0))  # in which no worker fits
+    assert job._shards(run, "evaluate", found, rows, folder).missing == []
+    assert "2 of 2 shards are there already" in capsys.readouterr().out
+
+
 def test_gpus_are_counted_where_there_are_some():
     own = config(profile="gpu")
     found = plan.demand(own, "evaluate", 151, photographs(20_000, 250, 250))
@@ -99,6 +140,6 @@ def test_a_dry_run_tells_the_plan_and_knows_an_earlier_catalogue(tmp_path, monke
     assert "70 photographs in 3 shards of 32; the largest decoded: 0.00 GiB (as catalogued)" in shown
     assert "Fits: " in shown
     monkeypatch.setattr(plan, "this_node", lambda storage: Node(4 * GIB, (), 0))
-    with pytest.raises(UserError, match=r"oodface\.num_workers = 1 needs about"):
+    with pytest.raises(UserError, match="one worker needs about"):
         dry_run(own, "corrupt")
-    assert "Does not fit: oodface.num_workers = 1 needs about" in capsys.readouterr().out
+    assert "Does not fit: one worker needs about" in capsys.readouterr().out

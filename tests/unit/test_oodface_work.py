@@ -191,7 +191,7 @@ def test_drawn_people_have_faces_and_pairs(tmp_path):
     assert [len(one) == 1 for one in people] == pairs.same.tolist()
     assert all((Path(dials.images) / f"{image}.png").exists() for image in pairs.images())
     images = [drawn.portrait(drawn.Person.of(one), one) for one in range(4)]
-    faces = load_detector().portraits([torch.tensor(np.asarray(one)).permute(2, 0, 1) / 255 for one in images])
+    faces, _ = load_detector().portraits([torch.tensor(np.asarray(one)).permute(2, 0, 1) / 255 for one in images])
     assert all(face is not None and face.score > 0.7 for face in faces)
     assert np.array_equal(np.asarray(images[0]), np.asarray(drawn.portrait(drawn.Person.of(0), 0)))
     with pytest.raises(UserError, match="is not empty"):

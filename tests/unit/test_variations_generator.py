@@ -274,13 +274,16 @@ class Distance(nn.Module):
         return ((made - target).square().mean((2, 3)) * self.weights).sum(1)
 
 
-def test_all_networks_move_to_where_the_images_are():
+@pytest.mark.parametrize("inference", [False, True])
+def test_all_networks_move_to_where_the_images_are(inference):
     """The device meta computes nothing, and refuses tensors of another one as a GPU does."""
     one = editor(Fitting(steps=2, samples=10, tuning_steps=0), Distance())
-    inverted = one.invert(torch.zeros(2, 3, SIDE, SIDE, device="meta"))
-    assert one.synthesise(one.edit(inverted, "age", 1.0)).is_meta
+    with torch.inference_mode(inference):
+        inverted = one.invert(torch.zeros(2, 3, SIDE, SIDE, device="meta"))
+        assert one.synthesise(one.edit(inverted, "age", 1.0)).is_meta
     for module in (one.mapping, one.synthesis, one.perceptual):
-        assert all(value.is_meta for value in module.parameters())
+        assert all(value.is_meta and not value.is_inference() for value in module.parameters())
+    one.invert(torch.zeros(2, 3, SIDE, SIDE, device="meta"))  # gradients go through them later too
 
 
 def test_a_generator_takes_one_image_after_another_on_a_gpu_too():

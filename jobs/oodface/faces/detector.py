@@ -49,10 +49,14 @@ class Detector:
         self.threshold = threshold
         self.overlap = overlap
 
-    def portraits(self, images: Sequence[Float[Tensor, "3 _ _"]]) -> list[Face | None]:
-        """The face that each image is of, as `choose` says; None where none is found. Images: as in `detect`."""
+    def portraits(self, images: Sequence[Float[Tensor, "3 _ _"]]) -> tuple[list[Face | None], list[int]]:
+        """The face that each image is of, as `choose` says, None where none is found; and how many each shows.
+
+        Images: as in `detect`.
+        """
         found = self.detect(images)
-        return [choose(faces, image.shape[2], image.shape[1]) for faces, image in zip(found, images, strict=True)]
+        chosen = [choose(faces, image.shape[2], image.shape[1]) for faces, image in zip(found, images, strict=True)]
+        return chosen, [len(faces) for faces in found]
 
     def detect(self, images: Sequence[Float[Tensor, "3 _ _"]]) -> list[list[Face]]:
         """The faces in each image, the most certain first.

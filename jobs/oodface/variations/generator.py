@@ -169,10 +169,11 @@ class StyleGan2Editor:
 
         All networks move to the images' device, and stay there.
         """
-        for one in (self.mapping, self.synthesis, self.perceptual):
-            if isinstance(one, nn.Module):  # a perceptual distance may be any function
-                one.to(images.device)
         with torch.inference_mode(False), torch.enable_grad():
+            # moved in here: under inference_mode the weights would become tensors that no gradient goes through again
+            for one in (self.mapping, self.synthesis, self.perceptual):
+                if isinstance(one, nn.Module):  # a perceptual distance may be any function
+                    one.to(images.device)
             target = images.detach().clone() * 2 - 1
             latents = self._nearest(target)
             networks = (self.synthesis,)
