@@ -260,7 +260,7 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     """Every run's path through its stages to its point with intervals, and the front as steps."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(8.4, 6), layout="constrained")
+    drawn = Figure(figsize=(9.6, 6), layout="constrained")
     axes = drawn.add_subplot()
     methods = {name: _method_of(name) for name in content["metrics"]}
     different = list(dict.fromkeys(methods.values()))
@@ -280,9 +280,8 @@ def figure(content: Mapping[str, Any]) -> "Figure":
             marker="o",
             markersize=8 if chosen else 5,
             elinewidth=1,
+            label=name if chosen else None,
         )
-        if chosen:
-            axes.annotate(name, (x["value"], y["value"]), xytext=(7, 7), textcoords="offset points", color=colour)
     points = sorted((content["metrics"][name]["forgotten"]["value"], name) for name in content["front"])
     heights = [content["metrics"][name]["retained"]["value"] for _, name in points]
     steps = [0, *(x for x, _ in points)], [heights[0], *heights]
@@ -294,6 +293,7 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
+    drawn.legend(loc="outside right upper", frameon=False)  # beside the points: the methods' best lie close together
     return drawn
 
 
