@@ -143,7 +143,8 @@ def _catalogue(run: Run) -> catalogue.Catalogue:
 
 def catalogue_lines(summary: Mapping[str, Any]) -> list[str]:
     """What a user should know of the images before hours of work on them."""
-    lines = [f"{summary['readable']} of {summary['images']} images can be read, of {summary['identities']} identities"]
+    of = f", of {summary['identities']} identities" if summary["identities"] else ""
+    lines = [f"{summary['readable']} of {summary['images']} images can be read{of}"]
     for image in summary["unreadable"]["list"][:5]:
         lines.append(f"left out: {image['path']} {image['problem']}")
     if summary["unreadable"]["count"] > 5:

@@ -69,8 +69,11 @@ def load(protocol: str, path: Path) -> Pairs:
         if fold < 0:
             raise UserError(f"{place} has a fold below the first; mend the line")
         rows.append(row)
-    if len({same for _, same, *_ in rows}) < 2:
-        raise UserError(f"{path} needs pairs of one person and pairs of two, but has {len(rows)} of one kind at most")
+    kinds = {same for _, same, *_ in rows}
+    if len(kinds) < 2:
+        of = "one person" if kinds == {True} else "two people"
+        has = f"all its {len(rows)} pairs are of {of}" if rows else "it has none"
+        raise UserError(f"{path} needs pairs of one person and pairs of two people, but {has}; add the others")
     folds, same, first, second, places = zip(*rows, strict=True)
     return Pairs(np.array(folds), np.array(same), first, second, places)
 
@@ -171,7 +174,10 @@ def own(path: Path) -> Iterator[Row]:
     """
     for place, (fold, same, first, second) in _table(path, COLUMNS):
         if not _whole(fold) or same not in ("0", "1") or not (first and second):
-            raise UserError(f"{place} must be a fold from 0, 0 or 1, and two images; mend the line")
+            found = ",".join((fold, same, first, second))
+            raise UserError(
+                f"{place} is '{found}', but must be a fold from 0, 1 or 0 (same), two images; mend the line"
+            )
         yield int(fold), same == "1", without_suffix(first), without_suffix(second), place
 
 
@@ -213,8 +219,8 @@ def _lines(path: Path, separator: str | None, head: bool = False) -> Iterator[tu
 
 def _table(path: Path, columns: list[str]) -> Iterator[tuple[str, list[str]]]:
     try:
-        head, *rows = csv.reader(_text(path).splitlines(), strict=True)
-    except (csv.Error, ValueError) as error:
+        head, *rows = [*csv.reader(_text(path).splitlines(), strict=True)] or [[]]
+    except csv.Error as error:
         raise UserError(f"{path} is no CSV with a head and rows ({error}); mend the file") from None
     if [name.strip() for name in head] != columns:
         raise UserError(f"{path} line 1 must be {','.join(columns)}; put that head over the rows")

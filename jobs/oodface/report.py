@@ -140,7 +140,7 @@ def heat_map(content: Mapping[str, Any]) -> Figure:
     axes.set_yticks(range(len(models)), models)
     for row, column in np.ndindex(falls.shape):
         percent = 100 * falls[row, column]
-        colour = "white" if percent > most / 2 else "black"
+        colour = "white" if percent >= most / 2 else "black"
         axes.text(
             column,
             row,
@@ -172,7 +172,8 @@ def curves(content: Mapping[str, Any]) -> Figure | None:
     titles = {"cor": "Corruptions", "var": f"Variations ({STAND_IN.partition(',')[0]})"}
     for axes, kind in zip(panels, kinds, strict=True):
         severities = _at(content, kind)
-        for model, metrics in content["metrics"].items():
+        middle = (len(content["metrics"]) - 1) / 2
+        for order, (model, metrics) in enumerate(content["metrics"].items()):
             found = [_severity(metrics, rule, kind, severity) for severity in severities]
             clean = metrics[f"{rule}/acc/clean"]
             shown = [clean, *found]
@@ -180,7 +181,10 @@ def curves(content: Mapping[str, Any]) -> Figure | None:
             # an end may lie on the wrong side of the value by a last digit, which matplotlib refuses
             lows = [max(0.0, value - one["ci95"][0]) for value, one in zip(values, shown, strict=True)]
             highs = [max(0.0, one["ci95"][1] - value) for value, one in zip(values, shown, strict=True)]
-            axes.errorbar([0, *severities], values, yerr=(lows, highs), label=model, marker="o", capsize=2)
+            places = [
+                place + 0.06 * (order - middle) for place in (0, *severities)
+            ]  # else equal models hide each other
+            axes.errorbar(places, values, yerr=(lows, highs), label=model, marker="o", capsize=2)
         axes.set(title=titles[kind], xlabel="severity", ylabel=label)
         axes.set_xticks([0, *severities], ["clean", *map(str, severities)])
         axes.grid(alpha=0.3)
@@ -244,7 +248,7 @@ def grid(run: Run, shard: Any) -> Figure:
             axes.imshow(faces.under(crops, shard.image_ids, *condition)[0].permute(1, 2, 0).cpu().numpy())
             axes.axis("off")
             if row == 0:
-                axes.set_title(str(severity) if severity else "clean", fontsize=9)
+                axes.set_title(f"severity {severity}" if severity else "clean", fontsize=9)
             if column == 0:
                 label = _title(name).replace(" ", "\n")
                 axes.text(-0.06, 0.5, label, ha="right", va="center", transform=axes.transAxes, fontsize=9)

@@ -125,14 +125,14 @@ def test_a_list_of_ones_own(own):
     [
         (["a,b,c,d"], "line 1 must be fold,same,image_a,image_b"),
         (["fold,same,image_a,image_b", "0,1,a"], "line 2 has 3 values, not 4"),
-        (["fold,same,image_a,image_b", "0,1,a,b", "0,2,a,b"], "line 3 must be a fold from 0, 0 or 1, and two images"),
-        (["fold,same,image_a,image_b", "-1,1,a,b"], "line 2 must be a fold from 0"),
-        (["fold,same,image_a,image_b", "0,1,a,"], "line 2 must be a fold from 0"),
+        (["fold,same,image_a,image_b", "0,1,a,b", "0,2,a,b"], "line 3 is '0,2,a,b', but must be a fold from 0, 1 or 0"),
+        (["fold,same,image_a,image_b", "-1,1,a,b"], "but must be a fold from 0"),
+        (["fold,same,image_a,image_b", "0,1,a,"], "but must be a fold from 0"),
         (["fold,same,image_a,image_b", "0,1,a,a.jpg"], "line 2 pairs a with itself"),
         (["fold,same,image_a,image_b", "0,1,a,b"], "needs pairs of one person and pairs of two"),
         (["fold,same,image_a,image_b"], "needs pairs of one person and pairs of two"),
         (["fold,same,image_a,image_b", '0,1,"a,b'], "is no CSV with a head and rows"),
-        ([], "is no CSV with a head and rows"),
+        ([], "line 1 must be fold,same,image_a,image_b"),
     ],
 )
 def test_a_malformed_list_of_ones_own_is_named(own, lines, told):
