@@ -37,7 +37,7 @@ def evaluated(content: Mapping[str, Any]) -> None:
     """The end of `evaluate` on the console: accuracies by category, at the threshold of the clean images."""
     from rich.console import Console
 
-    console = Console(width=None if Console().is_terminal else 180)
+    console = Console(width=None if Console().is_terminal else 130)
     console.print(table(content))
     _left_out(content)
     shown = _scenarios(content)
@@ -64,25 +64,26 @@ def _of_answers(name: str) -> bool:
 
 
 def table(content: Mapping[str, Any]) -> Table:
-    """A row a model: clean accuracy, accuracy by category and under extensions, and by how much it falls."""
+    """A column a model: clean accuracy, accuracy by category and under extensions, and by how much it falls."""
     from rich.markup import escape
     from rich.table import Table
 
     rule = _rule(content)
     told = {"fixed": "Accuracy at the fixed threshold", "answer": "Share of pairs told rightly, unanswered ones wrong"}
     shown = Table(title=f"{told[rule]}, with 95 % intervals", title_justify="left")
-    shown.add_column("model")
-    names = _columns(content, rule)
+    shown.add_column("", no_wrap=True)
+    for model in content["metrics"]:
+        shown.add_column(escape(model))
+    names = _rows(content, rule)
     for name in names:
-        shown.add_column(name.rpartition("/")[2].replace("_", " ").replace(".selected", "*"))
-    for model, metrics in content["metrics"].items():
-        shown.add_row(escape(model), *(_cell(metrics.get(f"{rule}/{name}")) for name in names))
+        label = name.rpartition("/")[2].replace("_", " ").replace(".selected", "*")
+        shown.add_row(label, *(_cell(metrics.get(f"{rule}/{name}")) for metrics in content["metrics"].values()))
     if any(name.endswith(".selected") for name in names):
         shown.caption = "* of the chosen scenarios and severities only"
     return shown
 
 
-def _columns(content: Mapping[str, Any], rule: str) -> list[str]:
+def _rows(content: Mapping[str, Any], rule: str) -> list[str]:
     metrics = max(content["metrics"].values(), key=len)
     names = [name.removeprefix(f"{rule}/") for name in metrics if name.startswith(f"{rule}/")]
     chosen = [name for name in names if name == "acc/clean" or name.startswith("acc/category/")]
