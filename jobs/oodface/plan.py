@@ -70,8 +70,8 @@ class Demand:
         # the session wants room for all that are asked for, however few shards there are
         if node.gpus and dials.num_workers * dials.gpus_per_worker > len(node.gpus):
             return (
-                f"oodface.num_workers = {dials.num_workers} x oodface.gpus_per_worker = {dials.gpus_per_worker:g} needs "
-                f"more than the {len(node.gpus)} GPUs of this machine; lower one of them"
+                f"oodface.num_workers = {dials.num_workers} x oodface.gpus_per_worker = {dials.gpus_per_worker:g} "
+                f"needs more than the {len(node.gpus)} GPUs of this machine; lower one of them"
             )
         needed, usable = self.memory(node), USABLE * node.memory - RESERVE
         if self.exact and needed > usable:
