@@ -12,6 +12,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +83,14 @@ def build(
     if not 0 <= near <= FARTHEST:
         raise UserError(f"near duplicates at {near} bits cannot be looked for; take 0 to {FARTHEST} of 64")
     work = folder / "_work"
-    listing, count, digest = _list(sources.find(layout, location, folder / "_source"), work / "listing")
+    try:
+        listing, count, digest = _list(sources.find(layout, location, folder / "_source"), work / "listing")
+    except UserError:  # what is wrong with the images leaves nothing behind
+        shutil.rmtree(work / "listing", ignore_errors=True)
+        with suppress(OSError):  # an earlier catalogue stays, and so does what a cut-off one has looked into
+            work.rmdir()
+            folder.rmdir()
+        raise
     configuration = {"catalogue": VERSION, "layout": layout, "near": near, "images": digest}
     present = _present(folder, configuration)
     if present is None:

@@ -147,6 +147,17 @@ def test_a_distance_out_of_range_is_refused_before_anything_is_read(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_are_not_there_leave_nothing_behind(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        catalogue.build("folder", str(tmp_path / "nowhere"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "_work" / "looked-0").mkdir(parents=True)
+    with pytest.raises(UserError, match="nowhere"):
+        catalogue.build("folder", str(tmp_path / "nowhere"), tmp_path / "out")
+    assert (tmp_path / "out" / "_work" / "looked-0").exists()
+    assert not (tmp_path / "out" / "_work" / "listing").exists()
+
+
 def test_more_pairs_than_can_be_compared_are_refused():
     for near, images in ((8, 300_000), (6, 1_000_000), (4, 5_000_000), (0, 10**9)):
         catalogue.require_few_pairs(near, images)

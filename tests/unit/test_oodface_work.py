@@ -57,6 +57,17 @@ def test_a_shard_does_not_depend_on_the_batch(shard, tmp_path):
     assert first.size == (112, 112)
 
 
+def test_batches_of_16_and_128_give_the_same_bits_in_every_scenario(shard, tmp_path):
+    faces = [(one, person) for one in range(4) for person in range(5)]
+    pixels = [np.roll(shard.pixels[person], one, axis=1) for one, person in faces]
+    many = Shard(0, [f"p{person}/{one}" for one, person in faces], [None] * len(faces), pixels)
+    conditions = tuple((name, 3) for name in selected(("corruptions", "variations", "extensions")))
+    plans = (Plan(conditions, 0, True, None, size) for size in (16, 128))
+    first, second = (Writer(one, Corrupt(), tmp_path)(many) for one in plans)
+    assert first.equals(second)
+    assert first.num_rows == 20 * 32
+
+
 def test_folders_hold_the_files_that_the_table_names(shard, tmp_path):
     dials = Corrupt(output="folders", format="jpeg", template="dlib_yunet")
     table = Writer(plan(16), dials, tmp_path)(shard)
