@@ -53,8 +53,7 @@ def test_relearning_is_a_curve_and_leaves_no_weights(attacked):
     for name, curve in report["relearning"].items():
         assert list(curve) == ["2", "4", "6", "8"], name
         # asked again of what is saved, as the other attacks are
-        after = report["metrics"][name]["recall/relearning/2 answers"]
-        assert after["value"] == pytest.approx(curve["8"]["forget"], abs=1.01 / after["n"])  # one probe at most
+        assert report["metrics"][name]["recall/relearning/2 answers"]["value"] == pytest.approx(curve["8"]["forget"])
     assert not list((storage / "all").rglob("*.safetensors"))
 
 
