@@ -68,7 +68,7 @@ def test_what_was_finished_stays_and_the_rest_is_done(compared):
     assert gold["forgotten"]["value"] > 0.6
     assert gold["retained"]["value"] > 0.95
     forgotten = report["differences"]["RULE - RS"]["forgotten"]
-    assert forgotten["value"] > 0
+    assert forgotten["value"] > 0.2  # more than the half-width of its interval over probes, .15
     assert (forgotten["facts"], forgotten["verdict"]) == (4, "undecided")
     assert "nothing is decided of forgotten" in process.stdout
     # a model of this size has never followed an instruction, and loses its way behind one
