@@ -266,13 +266,12 @@ def _known(schema: type[BaseModel], place: Sequence[str | int]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key holds, or may hold beside null; the members of a list are no keys."""
+    """The section that a key holds, or may hold beside something else; the members of a list are no keys."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
     if get_origin(annotation) is list:
         return None
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    return next(filter(None, map(_section_of, get_args(annotation))), None)
 
 
 def _require_read(schema: type[BaseModel], section: str, origin: str) -> None:
@@ -359,11 +358,13 @@ def _merge(schema: type[BaseModel], below: dict, above: object, origin: str, ori
 
 def _sentences(error: ValidationError, schema: type[BaseModel], origins: Origins) -> Iterator[str]:
     for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"])
-        above = [".".join(map(str, problem["loc"][:length])) for length in range(len(problem["loc"]), 0, -1)]
+        # pydantic puts the tag of a union's member into the place; ours stand in brackets
+        loc = [part for part in problem["loc"] if not str(part).startswith("(")]
+        key = ".".join(map(str, loc))
+        above = [".".join(map(str, loc[:length])) for length in range(len(loc), 0, -1)]
         place = next((origins[one] for one in above if one in origins), "the configuration")
         if problem["type"] == "extra_forbidden":
-            known = _known(schema, problem["loc"][:-1])
+            known = _known(schema, loc[:-1])
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             yield f"{place}: unknown key {key}; the nearest known key is {nearest[0]}"
         else:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cluster.config import Config, Section, Workers
-from jobs.oodface.faces.config import Detection, OnnxFace
+from jobs.oodface.faces.config import Detection, FaceEntry
 from jobs.scoring.chat import ChatSettings
 
 Severity = Annotated[int, Field(ge=1, le=5)]
@@ -29,7 +29,7 @@ class Corrupt(Section):
 class Evaluate(Section):
     """Which models are asked which pairs, behind which defences."""
 
-    models: list[str | OnnxFace] = Field(default=["sface", "dlib_resnet"], min_length=1)
+    models: list[FaceEntry] = Field(default=["sface", "dlib_resnet"], min_length=1)
     protocol: Literal["csv", "lfw", "ytf", "cfp_fp"] = "csv"
     pairs: str = ""
     pairs_per_fold: int | None = Field(default=None, ge=1, le=1_000_000)

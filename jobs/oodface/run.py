@@ -16,8 +16,7 @@ from cluster.tracking import masked
 from jobs.oodface import protocols
 from jobs.oodface.config import Oodface, OodfaceConfig
 from jobs.oodface.corruptions.occlusion import require_textures
-from jobs.oodface.faces.weights import sha256
-from jobs.oodface.faces.yunet import read_yunet
+from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.scenario import CLEAN
 from jobs.oodface.scenarios import selected
 from jobs.oodface.sources import LAYOUTS
@@ -67,8 +66,7 @@ def prepare(config: OodfaceConfig, out: Path | None, command: str, what: str) ->
     if dials.frost is not None:
         own["frost"] = digest(require_textures(Path(dials.frost)))
     if dials.detector.path is not None:
-        read_yunet(Path(dials.detector.path))  # which says what is wrong with it
-        own["detector"] |= {"path": sha256(Path(dials.detector.path))}
+        own["detector"] |= {"path": load_detector(dials=dials.detector).version}  # or says what is wrong with it
     if dials.clean or what != "corrupt":
         conditions.insert(0, CLEAN)
     if what == "ask":  # of any models: another one is asked about the same photographs

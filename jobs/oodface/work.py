@@ -26,7 +26,7 @@ from jobs.oodface.corruptions.occlusion import Frost
 from jobs.oodface.defences import defended
 from jobs.oodface.faces import models
 from jobs.oodface.faces.align import DLIB_YUNET, TEMPLATES, Aligned, Template, align
-from jobs.oodface.faces.config import Detection, OnnxFace
+from jobs.oodface.faces.config import Detection, OwnFace
 from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.randomness import keys
 from jobs.oodface.scenario import CLEAN, Images, Scenario
@@ -232,7 +232,7 @@ class Embedder:
 
     rows_per_group = 4096  # a few conditions: scoring reads some of them at a time, and in small groups pages grow
 
-    def __init__(self, plan: Plan, entries: Sequence[str | OnnxFace], defences: Sequence[str]) -> None:
+    def __init__(self, plan: Plan, entries: Sequence[str | OwnFace], defences: Sequence[str]) -> None:
         self.faces, self.defences = Faces(plan), (NONE, *defences)
         threads = plan.processors if self.faces.device.type == "cuda" else None  # torch's are one beside a GPU
         self.models = [models.load(entry, plan.device, threads=threads) for entry in entries]

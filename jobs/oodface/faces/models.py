@@ -17,8 +17,9 @@ from torch import Tensor
 from cluster.errors import UserError
 from jobs.oodface.faces import dlib_resnet, sface
 from jobs.oodface.faces.align import ARCFACE, DLIB, TEMPLATES, Template
-from jobs.oodface.faces.config import OnnxFace
+from jobs.oodface.faces.config import OwnFace
 from jobs.oodface.faces.onnx_model import OnnxNetwork
+from jobs.oodface.faces.torch_model import TorchNetwork
 from jobs.oodface.faces.weights import PackagedFile, sha256
 
 # Crops of one pass on a CPU: what one layer writes, the next still finds in the cache.
@@ -39,7 +40,7 @@ class FaceModel:
 
     name: its public name.
     template: the crops it expects; see `align.align`.
-    version: SHA-256 of the file of its weights, or of all of them where there are several; it pins what is computed.
+    version: SHA-256 of the file of its weights, or of all that it is made of; it pins what is computed.
     network: what gives raw embeddings, those of dlib with a length that means nothing.
     """
 
@@ -70,7 +71,7 @@ class FaceModel:
 
 
 def load(
-    entry: str | OnnxFace,
+    entry: str | OwnFace,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     threads: int | None = None,
@@ -85,20 +86,20 @@ def load(
     Raises:
         UserError: no such name; the package or file with its weights is missing, damaged, or holds something else.
     """
-    if isinstance(entry, OnnxFace):
+    if isinstance(entry, OwnFace):
         return _own(entry, threads).to(device, dtype)
     template, weights, read = _reader(entry)
     path = weights.locate()
     return FaceModel(entry, template, weights.sha256, read(path)).to(device, dtype)
 
 
-def template_of(entry: str | OnnxFace) -> Template:
+def template_of(entry: str | OwnFace) -> Template:
     """The crops that a model of a configuration expects, without its weights.
 
     Raises:
         UserError: no such name.
     """
-    return TEMPLATES[entry.template] if isinstance(entry, OnnxFace) else _reader(entry)[0]
+    return TEMPLATES[entry.template] if isinstance(entry, OwnFace) else _reader(entry)[0]
 
 
 def _reader(name: str) -> tuple[Template, PackagedFile, Callable[[Path], Network]]:
@@ -118,9 +119,13 @@ _READERS: dict[str, tuple[Template, PackagedFile, Callable[[Path], Network]]] = 
 }
 
 
-def _own(face: OnnxFace, threads: int | None) -> FaceModel:
+def _own(face: OwnFace, threads: int | None) -> FaceModel:
     template = TEMPLATES[face.template]
-    network = OnnxNetwork(face, (template.height, template.width), threads)
+    crop_size = (template.height, template.width)
+    if face.factory is not None:
+        made = TorchNetwork(face, crop_size)
+        return FaceModel(face.name, template, made.version, made)
+    network = OnnxNetwork(face, crop_size, threads)
     digests = [sha256(network.path), *(f"{path.name} {sha256(path)}" for path in network.data)]
     version = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return FaceModel(face.name, template, version, network)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from cluster.errors import UserError
-from jobs.oodface.faces.config import OnnxFace
+from jobs.oodface.faces.config import OwnFace
+from jobs.oodface.faces.inputs import configured
 
 if TYPE_CHECKING:
     from onnx import GraphProto, TensorProto
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class OnnxNetwork:
-    """The network of an `OnnxFace`, called like a torch module.
+    """The network of an `OwnFace` without a factory, called like a torch module.
 
     What the file says is not asked for: whether channels stand before or behind the pixels, the size of its images and
     how many it takes at once. Pixels and embeddings pass through the CPU's memory.
@@ -36,7 +36,7 @@ class OnnxNetwork:
     images_at_once: how many one pass takes; None for any number.
     """
 
-    def __init__(self, face: OnnxFace, crop_size: tuple[int, int], threads: int | None = None) -> None:
+    def __init__(self, face: OwnFace, crop_size: tuple[int, int], threads: int | None = None) -> None:
         """Reads the file, and tries it on a black image.
 
         Args:
@@ -105,13 +105,7 @@ class OnnxNetwork:
             )
 
     def _pixels(self, crops: Tensor) -> np.ndarray:
-        crops = crops.float()
-        if crops.shape[2:] != self.size:
-            crops = F.interpolate(crops, self.size, mode="bilinear", align_corners=False)
-        if self.face.colour == "bgr":
-            crops = crops.flip(1)
-        mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (self.face.mean, self.face.std))
-        pixels = (crops.cpu().numpy() * 255 - mean) / std
+        pixels = configured(crops, self.face, self.size).cpu().numpy()
         return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)) if self.channels_last else pixels
 
     def _pass(self, pixels: np.ndarray) -> np.ndarray:
