@@ -266,10 +266,10 @@ def _known(schema: type[BaseModel], place: Sequence[str | int]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key holds, or may hold beside something else; the members of a list are no keys."""
+    """The section that a key holds, or may hold beside something else; members of lists and mappings are no keys."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) is list:
+    if get_origin(annotation) in (list, dict):
         return None
     return next(filter(None, map(_section_of, get_args(annotation))), None)
 
