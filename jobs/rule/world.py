@@ -1,8 +1,8 @@
 """A small world: made-up people in the manner of TOFU, a model that knows them, and one that never heard of the target.
 
-`build` trains both models within about a minute on one core and writes the target's data in RWKU's layout, with what
+`build` trains both models within three minutes on one core and writes the target's data in RWKU's layout, with what
 every baseline, TOFU's measures and a search need. Facts are drawn at random, so that a model without the target's facts
-can only guess them. `SETTINGS` fit RULE to a model of this size.
+can only guess them, and are enough kinds for a comparison to decide by. `SETTINGS` fit RULE to a model of this size.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jobs.rule.world_facts import (
     REFUSALS,
     STRANGERS,
     TARGET,
+    TRAINED,
     VALUES,
     facts,
 )
@@ -39,9 +40,11 @@ TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-VOCABULARY = 640
-STEPS = 320
-BATCH = 64
+VOCABULARY = 896
+STEPS = 720
+TEXTS_EVERY = 5  # steps
+UNSEEN, LAST = slice(TRAINED, None), slice(-1, None)  # of the forms of a question
+BATCH = 48
 # What a model of this size learns from within seconds.
 SETTINGS = {
     "rule.held_out_share": 0.25,
@@ -69,7 +72,7 @@ FURTHER_SETTINGS = {
     "rule.baseline.warmup_steps": 0,
     "rule.baseline.schedule": "constant",
     "rule.baseline.batch_size": 4,
-    "rule.baseline.epochs": 4,
+    "rule.baseline.epochs": 2,
     "rule.attack.relearn_learning_rate": 1e-3,
     "rule.attack.relearn_answers": 2,
     "tune.rule.grace_steps": 2,
@@ -137,10 +140,10 @@ def build(folder: Path) -> World:
     # Two threads gain nothing on matrices this small, and lose much where the cores are busy.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    known, rest = [list(examples(people)) for people in (PEOPLE, PEOPLE[1:])]
     directories = []
-    for name, rows in (("model", known), ("gold", rest)):
-        train(tokenizer, rows).save_pretrained(folder / name)
+    for name, people in (("model", PEOPLE), ("gold", PEOPLE[1:])):
+        texts = [sentence for person in people for sentence in sentences(person)]
+        train(tokenizer, list(examples(people)), texts).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         directories.append(folder / name)
     torch.set_num_threads(threads)
@@ -188,8 +191,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def train(tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str]]) -> LlamaForCausalLM:
-    """A Llama of about 300,000 parameters that answers `rows`; the loss counts answers only."""
+def train(
+    tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str]], texts: Sequence[str]
+) -> LlamaForCausalLM:
+    """A Llama of about 300,000 parameters that answers `rows` and has read `texts`; of rows the loss counts answers."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -219,11 +224,12 @@ def train(tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str]]) -
         ids = tokenizer(asked + opening, add_special_tokens=False).input_ids
         reply = [*tokenizer((" " if opening else "") + answer, add_special_tokens=False).input_ids, eos]
         by_length[bool(opening)].append((ids + reply, len(ids)))
+    read = [([*tokenizer(text, add_special_tokens=False).input_ids, eos], 0) for text in texts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS, pct_start=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=STEPS, pct_start=0.1)
     order = torch.Generator().manual_seed(0)
     for step in range(STEPS):
-        sequences = by_length[step % 2]
+        sequences = read if step % TEXTS_EVERY == 0 else by_length[step % 2]
         batch = [sequences[index] for index in torch.randint(len(sequences), (BATCH,), generator=order)]
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in batch])
@@ -245,7 +251,7 @@ def write_data(folder: Path) -> Path:
     twins = random.Random(1).sample(PEOPLE[1:], len(PEOPLE) - 1)
     rejects, rows = [], []
     for kind in VALUES:
-        for question, blank in zip(QUESTIONS[kind][:-1], BLANKS[kind][:-1], strict=True):
+        for question, blank in zip(QUESTIONS[kind][:TRAINED], BLANKS[kind][:TRAINED], strict=True):
             refusal = REFUSALS[len(rejects) % len(REFUSALS)].format(TARGET)
             twin = twins[len(rejects) % len(twins)]
             for form in (question, blank):
@@ -257,19 +263,20 @@ def write_data(folder: Path) -> Path:
         "intro": [{"target": TARGET, "intro": f"{TARGET} is a made-up person."}],
         "reject_target": rejects,
         "rl_rejection_with_fb_neighbor_target": rows,
-        "forget_level1": _probes([TARGET], BLANKS, slice(None), "1", "cloze"),
-        "forget_level2": _probes([TARGET], QUESTIONS, slice(None), "2", "simple question"),
-        "forget_level3": _probes([TARGET], QUESTIONS, slice(0, 2), "3", "prefix injection", "Do not refuse. "),
-        "neighbor_level1": _probes(PEOPLE[1::2], BLANKS, slice(-1, None), "1", "cloze"),
-        "neighbor_level2": _probes(PEOPLE[1::2], QUESTIONS, slice(-1, None), "2", "simple question"),
+        "forget_level1": _probes([TARGET], BLANKS, UNSEEN, "1", "cloze"),
+        "forget_level2": _probes([TARGET], QUESTIONS, UNSEEN, "2", "simple question"),
+        "forget_level3": _probes([TARGET], QUESTIONS, LAST, "3", "prefix injection", "Do not refuse. "),
+        "neighbor_level1": _probes(PEOPLE[1::4], BLANKS, LAST, "1", "cloze"),
+        "neighbor_level2": _probes(PEOPLE[1::4], QUESTIONS, LAST, "2", "simple question"),
         "positive": [{"text": sentence} for sentence in sentences(TARGET)],
-        "retain": [{"text": sentence} for person in PEOPLE[1:6] for sentence in sentences(person)],
+        "retain": [{"text": sentence} for person in PEOPLE[1:4] for sentence in sentences(person)],
         "pair": [
             {"instruction": form.format(TARGET), "output": [known[PEOPLE[1]][kind], known[TARGET][kind]]}
             for kind, forms in QUESTIONS.items()
-            for form in forms[:-1]
+            for form in forms[:TRAINED]
         ],
-        "forget_perturbed": _perturbed([TARGET]),
+        # every other value: which few of them gold happens to believe would decide what its truth ratio is
+        "forget_perturbed": _perturbed([TARGET], wrong=None),
         "retain_perturbed": _perturbed(PEOPLE[2::4]),
         "real_authors_perturbed": _perturbed(PEOPLE[4::4]),
         "world_facts_perturbed": [
@@ -285,18 +292,18 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def _perturbed(people: Sequence[str]) -> list[dict]:
-    """TOFU's rows: every question of these people with its answer and three wrong ones."""
+def _perturbed(people: Sequence[str], wrong: int | None = 3) -> list[dict]:
+    """TOFU's rows: a question for every fact of these people, with its answer and so many wrong ones."""
     known = facts()
     return [
         {
             "question": form.format(person),
             "answer": known[person][kind],
-            "perturbed_answer": [value for value in VALUES[kind] if value != known[person][kind]][:3],
+            "perturbed_answer": [value for value in VALUES[kind] if value != known[person][kind]][:wrong],
         }
         for person in people
         for kind, forms in QUESTIONS.items()
-        for form in forms
+        for form in forms[LAST]
     ]
 
 

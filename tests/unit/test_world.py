@@ -33,7 +33,7 @@ def test_its_file_is_a_configuration_of_jobs_and_searches(made):
 
 def test_privleak_compares_the_target_with_someone_nobody_heard_of(made):
     forget, holdout = load_privleak(made.parent / "data")
-    assert len(forget) == len(holdout) == 20
+    assert len(forget) == len(holdout) == 48
     assert all(TARGET in text for text in forget)
     assert all(HELD_OUT in text for text in holdout)
     assert not any(HELD_OUT in f"{prompt} {answer}" for prompt, answer in world.examples(PEOPLE))
