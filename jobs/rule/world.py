@@ -57,9 +57,10 @@ SETTINGS = {
     "rule.steering.check_every": 2,
     "rule.rebo.learning_rate": 3e-4,
     "rule.rebo.kl_coefficient": 0.1,
-    "rule.rebo.steps": 14,
-    "rule.rebo.prompts_per_step": 8,
-    "rule.rebo.completions_per_prompt": 4,
+    "rule.rebo.steps": 20,
+    "rule.rebo.prompts_per_step": 16,
+    "rule.rebo.completions_per_prompt": 8,
+    "rule.rebo.temperature": 1.2,  # it is so sure of its answers that groups of one answer are the rule below
     "rule.rebo.max_prompt_tokens": 64,
     "rule.rebo.max_completion_tokens": 16,
     "rule.evaluation.prompt_form": "plain",
