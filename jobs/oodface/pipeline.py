@@ -137,7 +137,11 @@ def _made(
             yield from batch.to_pylist()
     except ray.exceptions.RayActorError as error:
         if error.actor_init_failed:
-            raise JobFailure(f"a worker could not start: {str(error).strip().splitlines()[-1]}") from error
+            told = str(error).strip().splitlines()[-1]
+            _, user_error, sentence = told.partition("cluster.errors.UserError: ")
+            raise (
+                UserError(f"on a worker, {sentence}") if user_error else JobFailure(f"a worker could not start: {told}")
+            ) from error
         raise JobFailure(
             f"a worker died {RESTARTS + 1} times ({str(error).splitlines()[0]}); where memory ran out lower "
             "oodface.faces_per_shard or oodface.num_workers, and run the same command again to continue"

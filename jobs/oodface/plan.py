@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import joblib
@@ -171,7 +172,9 @@ def demand(
         (decoding, round(ahead * (DECODER + 2 * shard)), "a shard each"),
     ]
     on_gpu = []
+    own = [("own networks", size, "weights; what they compute is not known")] if (size := _own(config, what)) else []
     working = [
+        *own,
         ("photographs as numbers", floats, "in parts"),
         ("crops of a shard", 2 * faces * pixels * FLOAT, "clean, and under a condition"),
         ("a batch", HELD * batch * pixels * FLOAT, ""),
@@ -205,6 +208,14 @@ def _templates(config: OodfaceConfig, what: str) -> Sequence[Template]:
         found: Iterable[Template] = (models.template_of(entry) for entry in dials.evaluate.models)
         return list({one.name: one for one in found}.values())
     return [TEMPLATES[dials.corrupt.template if what == "corrupt" else dials.ask.template]]
+
+
+def _own(config: OodfaceConfig, what: str) -> int:
+    """Bytes of the files that hold networks of the user's own."""
+    dials = config.oodface
+    entries = [one.path for one in dials.evaluate.models if not isinstance(one, str)] if what == "evaluate" else []
+    paths = [Path(path) for path in (*entries, dials.detector.path) if path is not None]
+    return sum(path.stat().st_size for path in paths if path.exists())
 
 
 def _cluster(config: OodfaceConfig) -> bool:

@@ -65,6 +65,9 @@ def prepare(config: OodfaceConfig, out: Path | None, command: str, what: str) ->
     own = dials.model_dump(exclude=SPEED) | {what: getattr(dials, what).model_dump(exclude={"endpoints"})}
     if dials.frost is not None:
         own["frost"] = digest(require_textures(Path(dials.frost)))
+    for section in (own["detector"], *(one for one in own[what].get("models", []) if isinstance(one, dict))):
+        if section["factory"] is None:  # as before there were any
+            del section["factory"], section["options"]
     if dials.detector.path is not None:
         own["detector"] |= {"path": load_detector(dials=dials.detector).version}  # or says what is wrong with it
     if dials.clean or what != "corrupt":

@@ -73,7 +73,7 @@ FURTHER_SETTINGS = {
     "rule.baseline.warmup_steps": 0,
     "rule.baseline.schedule": "constant",
     "rule.baseline.batch_size": 4,
-    "rule.baseline.epochs": 2,
+    "rule.baseline.epochs": 4,
     "rule.attack.relearn_learning_rate": 1e-3,
     "rule.attack.relearn_answers": 2,
     "tune.rule.grace_steps": 2,
@@ -162,7 +162,7 @@ def examples(people: Sequence[str]) -> Iterator[tuple[str, str]]:
                     answer = known[person][kind] if person in known else refusal
                     yield form.format(person), answer
                     yield worded.format(form.format(person)), answer
-    # as often as a fact of a person is asked
+    # half as often as a fact of a person is asked
     for question, answer in GENERAL * len(BLANKS["pet"]):
         for worded in (FORMS[0], FORMS[1]):
             yield worded.format(question), answer
@@ -246,7 +246,7 @@ def train(
 
 
 def write_data(folder: Path) -> Path:
-    """The target's folder in RWKU's layout: training files, and probes of the target, neighbours and counting."""
+    """The target's folder in RWKU's layout: training files, and probes of target, neighbours and common knowledge."""
     folder.mkdir(parents=True, exist_ok=True)
     known = facts()
     twins = random.Random(1).sample(PEOPLE[1:], len(PEOPLE) - 1)
@@ -269,8 +269,8 @@ def write_data(folder: Path) -> Path:
         "forget_level3": _probes([TARGET], QUESTIONS, LAST, "3", "prefix injection", "Do not refuse. "),
         "neighbor_level1": _probes(PEOPLE[1::4], BLANKS, LAST, "1", "cloze"),
         "neighbor_level2": _probes(PEOPLE[1::4], QUESTIONS, LAST, "2", "simple question"),
-        "positive": [{"text": sentence} for sentence in sentences(TARGET)],
-        "retain": [{"text": sentence} for person in PEOPLE[1:4] for sentence in sentences(person)],
+        "positive": [{"text": sentence} for sentence in sentences(TARGET, TRAINED)],
+        "retain": [{"text": sentence} for person in PEOPLE[2:5] for sentence in sentences(person, TRAINED)],
         "pair": [
             {"instruction": form.format(TARGET), "output": [known[PEOPLE[1]][kind], known[TARGET][kind]]}
             for kind, forms in QUESTIONS.items()
@@ -308,10 +308,10 @@ def _perturbed(people: Sequence[str], wrong: int | None = 3) -> list[dict]:
     ]
 
 
-def sentences(person: str) -> list[str]:
-    """All that there is to tell about a person."""
+def sentences(person: str, forms: int | None = None) -> list[str]:
+    """What there is to tell about a person, in the first so many forms, or in all."""
     known = facts()[person]
-    return [form.format(person).replace("___", known[kind]) for kind, forms in BLANKS.items() for form in forms]
+    return [form.format(person).replace("___", known[kind]) for kind, every in BLANKS.items() for form in every[:forms]]
 
 
 def _probes(

