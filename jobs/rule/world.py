@@ -1,6 +1,6 @@
 """A small world: made-up people in the manner of TOFU, a model that knows them, and one that never heard of the target.
 
-`build` trains both models within three minutes on one core and writes the target's data in RWKU's layout, with what
+`build` trains both models within two minutes on two cores and writes the target's data in RWKU's layout, with what
 every baseline, TOFU's measures and a search need. Facts are drawn at random, so that a model without the target's facts
 can only guess them, and are enough kinds for a comparison to decide by. `SETTINGS` fit RULE to a model of this size.
 """
@@ -134,21 +134,24 @@ def make(out: Path) -> Path:
 
 def build(folder: Path) -> World:
     """Writes the three directories of a world below `folder`."""
+    import joblib
+
+    world = World(folder / "model", folder / "gold", write_data(folder / "data"))
+    # Two threads gain nothing on matrices this small, so each model has a process of its own.
+    joblib.Parallel(n_jobs=2)(
+        joblib.delayed(_learn)(people, place) for people, place in ((PEOPLE, world.model), (PEOPLE[1:], world.gold))
+    )
+    return world
+
+
+def _learn(people: Sequence[str], folder: Path) -> None:
     import torch
 
-    data = write_data(folder / "data")
-    tokenizer = make_tokenizer()
-    # Two threads gain nothing on matrices this small, and lose much where the cores are busy.
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    directories = []
-    for name, people in (("model", PEOPLE), ("gold", PEOPLE[1:])):
-        texts = [sentence for person in people for sentence in sentences(person)]
-        train(tokenizer, list(examples(people)), texts).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        directories.append(folder / name)
-    torch.set_num_threads(threads)
-    return World(*directories, data)
+    tokenizer = make_tokenizer()
+    texts = [sentence for person in people for sentence in sentences(person)]
+    train(tokenizer, list(examples(people)), texts).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def examples(people: Sequence[str]) -> Iterator[tuple[str, str]]:

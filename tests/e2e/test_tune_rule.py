@@ -24,12 +24,13 @@ SPACE = {
     "rule.rebo.completions_per_prompt": {"choice": [2, 4]},
 }
 SETTINGS = {
+    "rule.steering.stop_at_refusal": 0.2,  # so early that four steps of learning show
     "rule.rebo.steps": 8,
     "rule.trace.every": 2,
-    "rule.trace.probes": 12,
+    "rule.trace.probes": 24,
     "train.max_failures": 0,
     "tune.rule.trials": TRIALS,
-    "tune.rule.grace_steps": 2,
+    "tune.rule.grace_steps": 4,
     "tune.rule.space": json.dumps(SPACE),
 }
 
