@@ -252,7 +252,7 @@ def _ray_command(ports: Ports, temp: Path, num_cpus: int | None) -> list[str]:
         "dashboard-host": LOOPBACK,
         "dashboard-port": ports.dashboard,
         # Free ports, so that a second Ray on this machine is not met; 0 lets Ray choose where it can.
-        "ray-client-server-port": processes.free_port(),
+        "ray-client-server-port": processes.free_port(ports.ray, ports.dashboard, ports.mlflow),
         "dashboard-agent-listen-port": 0,
         "dashboard-agent-grpc-port": 0,
         "min-worker-port": 0,

@@ -69,11 +69,14 @@ def silence_of(address: str) -> str | None:
     return None
 
 
-def free_port() -> int:
-    """A port of the loopback address that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(*chosen: int) -> int:
+    """A port of the loopback address that nothing listens on now, and that is not `chosen` for something else."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port not in chosen:
+            return port
 
 
 def ray_root() -> Path:

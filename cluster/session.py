@@ -85,7 +85,7 @@ def connected(config: Config) -> Iterator[None]:
             # The usual port is left to `make up`; without a dashboard Ray Tune would hang.
             options |= {"dashboard_port": processes.free_port()}
             options |= {} if folder is None else {"_temp_dir": str(folder)}
-            os.environ[CONTROL_PORT] = given or str(processes.free_port())
+            os.environ[CONTROL_PORT] = given or str(processes.free_port(options["dashboard_port"]))
             environment["RAY_ADDRESS"] = f"127.0.0.1:{os.environ[CONTROL_PORT]}"
         elif not address.startswith("ray://"):
             environment["RAY_ADDRESS"] = address

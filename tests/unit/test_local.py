@@ -39,3 +39,23 @@ def test_a_ray_keeps_its_files_below_a_folder_of_its_owner_alone(tmp_path, monke
     assert other.parent.exists()
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/" + "x" * 40)
     assert processes.ray_folder() is None
+
+
+def test_a_free_port_is_none_that_is_chosen_already(monkeypatch):
+    class Probe:
+        drawn = iter([4001, 4001, 4002])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def bind(self, _):
+            pass
+
+        def getsockname(self):
+            return "127.0.0.1", next(self.drawn)
+
+    monkeypatch.setattr(processes.socket, "socket", Probe)
+    assert processes.free_port(4001, 4003) == 4002
