@@ -20,6 +20,8 @@ from jobs.oodface.faces.detector import load_detector
 from jobs.oodface.faces.models import load
 
 SOURCE = '''
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -50,7 +52,7 @@ class Tied(nn.Module):
     def forward(self, images):
         return self.other(images.mean((2, 3)))
 
-halved = __import__("functools").partial(Pooled, form="pair")
+halved = partial(Pooled, form="pair")
 
 class Found(nn.Module):
     """Two faces in each image, told three times in all, and a weaker third one."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from cluster.errors import UserError
 from jobs.oodface.faces.config import OwnFace
 from jobs.oodface.faces.inputs import configured
+from jobs.oodface.faces.weights import reason
 
 if TYPE_CHECKING:
     from onnx import GraphProto, TensorProto
@@ -97,7 +98,7 @@ class OnnxNetwork:
         try:
             shape = self(torch.zeros(2, 3, *self.size)).shape
         except Exception as error:  # onnxruntime meets a foreign graph with whatever comes up
-            raise UserError(f"{self.path} cannot embed two images ({_reason(error)}); export the model again") from None
+            raise UserError(f"{self.path} cannot embed two images ({reason(error)}); export the model again") from None
         if len(shape) != 2 or shape[0] != 2 or shape[1] < 2:
             raise UserError(
                 f"the first output of {self.path} has the shape {tuple(shape)} for two images, which is no embedding "
@@ -160,7 +161,7 @@ def _session(path: Path, device: str, threads: int | None) -> InferenceSession:
     try:
         return onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # onnxruntime meets a foreign file with whatever comes up
-        raise UserError(f"onnxruntime cannot load {path} ({_reason(error)}); export the model again") from None
+        raise UserError(f"onnxruntime cannot load {path} ({reason(error)}); export the model again") from None
 
 
 @lru_cache
@@ -172,7 +173,3 @@ def _warn(threads: int) -> None:
         threads,
         _CUDA,
     )
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cluster.errors import UserError
 from jobs.oodface.faces.config import Detection, OwnFace
 from jobs.oodface.faces.inputs import configured
-from jobs.oodface.faces.weights import sha256
+from jobs.oodface.faces.weights import reason, sha256
 from jobs.oodface.faces.yunet import Candidates
 
 # Of a face in a detector's table: left, top, right, bottom, score, and x and y of five landmarks.
@@ -123,7 +123,7 @@ def _made(factory: str, options: Mapping[str, Any], path: Path) -> tuple[nn.Modu
     try:
         module = make(**options)
     except Exception as error:  # foreign code fails with whatever comes up
-        raise UserError(f"{factory} cannot be called with options {dict(options)} ({_reason(error)})") from None
+        raise UserError(f"{factory} cannot be called with options {dict(options)} ({reason(error)})") from None
     if not isinstance(module, nn.Module):
         raise UserError(f"{factory} makes a {type(module).__name__}; name one that makes a torch.nn.Module")
     module = module.to("cpu", torch.float32)  # wherever and whatever its factory likes; `to` decides
@@ -141,7 +141,7 @@ def _imported(factory: str) -> Any:
             "folder that holds it on PYTHONPATH"
         ) from None
     except (Exception, SystemExit) as error:  # foreign code fails with whatever comes up, a script's parser too
-        raise UserError(f"{factory}: the module {module} cannot be imported ({_reason(error)})") from None
+        raise UserError(f"{factory}: the module {module} cannot be imported ({reason(error)})") from None
     if not callable(found):
         raise UserError(f"the module {module} has nothing to call by the name {name}; check the factory {factory}")
     return found
@@ -156,10 +156,10 @@ def _fill(module: nn.Module, path: Path, factory: str) -> None:
     except FileNotFoundError:
         raise UserError(f"there is no file {path}; check the path of the weights") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no safetensors file ({_reason(error)}); save the weights again") from None
+        raise UserError(f"{path} is no safetensors file ({reason(error)}); save the weights again") from None
     except RuntimeError as error:
         raise UserError(
-            f"{path} does not hold the weights of {factory} ({_reason(error, line=1)}); check file and options"
+            f"{path} does not hold the weights of {factory} ({reason(error, line=1)}); check file and options"
         ) from None
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # which only training reads
     both = (missing, "is missing"), (foreign, "is not among its weights")
@@ -169,7 +169,7 @@ def _fill(module: nn.Module, path: Path, factory: str) -> None:
 
 
 def _version(factory: str, make: Any, path: Path) -> str:
-    sources = [sys.modules[factory.partition(":")[0]].__file__]
+    sources = [getattr(sys.modules[factory.partition(":")[0]], "__file__", None)]
     with suppress(TypeError):  # made in C, or an object that can be called
         sources.append(inspect.getsourcefile(inspect.unwrap(make)))
     parts = [sha256(path), *(sha256(Path(source)) for source in sources if source)]
@@ -184,10 +184,6 @@ def _called(module: nn.Module, images: Tensor, factory: str | None) -> Any:
     except Exception as error:  # foreign code fails with whatever comes up
         number, _, height, width = images.shape
         raise UserError(
-            f"{factory} fails on {number} images of {height}x{width} px ({_reason(error)}); check its size and options"
+            f"{factory} fails on {number} images of {height}x{width} px ({reason(error)}); check its options, and its "
+            "size or longest_side"
         ) from None
-
-
-def _reason(error: Exception, line: int = 0) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[min(line, len(lines) - 1)].strip()

@@ -51,6 +51,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def reason(error: Exception, line: int = 0) -> str:
+    """What foreign code says of its failure: one line, the last where there are fewer; the error's type if nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[min(line, len(lines) - 1)].strip()
+
+
 def fill(parameter: Tensor, value: Tensor, path: Path) -> None:
     """Puts a value that was read from `path` into a network's parameter.
 
