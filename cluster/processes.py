@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -22,6 +23,9 @@ LISTENER_DEADLINE_S = 10.0
 # A Unix socket's path holds 107 characters; Ray puts up to 68 of its own behind the temporary folder.
 MAX_TEMP_PATH = 39
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# The kernel draws its own from here, as do connections; below lie Ray's workers (10002 to 19999).
+DRAWN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+OWN_PORTS = 20000
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,19 @@ def silence_of(address: str) -> str | None:
 
 
 def free_port(*chosen: int) -> int:
-    """A port of the loopback address that nothing listens on now, and that is not `chosen` for something else."""
+    """A port of the loopback address that nothing listens on now, and that is not `chosen` for something else.
+
+    Its server starts seconds later, so it is none that the kernel may give to a connection meanwhile.
+    """
+    end = int(DRAWN_PORTS.read_text().split()[0])
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+        # `random` would draw the same for two jobs of one seed; 0 leaves it to a kernel that draws from everything.
+        wanted = OWN_PORTS + secrets.randbelow(end - OWN_PORTS) if end > OWN_PORTS else 0
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", wanted))
             port = probe.getsockname()[1]
-        if port not in chosen:
-            return port
+            if port not in chosen:
+                return port
 
 
 def ray_root() -> Path:

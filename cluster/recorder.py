@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError
+
 from cluster.errors import JobFailure
 from cluster.report import read_json, read_lines, write_json, write_lines
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 SCRATCH = ".trainer-"
 NOTHING = 1 << 20  # bytes that are free on a full disk
+FULL = ("No space left", "unexpected pos")  # the system's words of a full disk, and torch's: "unexpected pos 64 vs 0"
 HISTORY = "history.jsonl"
 SAMPLES = "training_samples.jsonl"
 
@@ -53,9 +56,10 @@ class Recorder:
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.checkpoints, ignore_cleanup_errors=True) as folder:
             try:
                 yield folder
-            except (OSError, RuntimeError) as error:
-                # torch's own words of a full disk are "unexpected pos 64 vs 0"
-                if shutil.disk_usage(folder).free > NOTHING:
+            except (OSError, RuntimeError, SafetensorError) as error:
+                # What was full may have room again: Ray Train removes old checkpoints meanwhile.
+                said = any(words in str(error) for words in FULL)
+                if not said and shutil.disk_usage(folder).free > NOTHING:
                     raise
                 raise JobFailure(
                     f"No space left in {self.checkpoints} for a checkpoint; free some and run the same command again "

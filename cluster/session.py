@@ -111,7 +111,7 @@ def _join(address: str | None, options: dict, environment: dict[str, str]) -> No
     try:
         if environment.get("RAY_ADDRESS") == "auto":
             environment["RAY_ADDRESS"] = canonicalize_bootstrap_address_or_die("auto")
-        ray.init(address=address or "local", **options)
+        started = ray.init(address=address or "local", **options)
     except AuthenticationError as error:
         raise UserError(
             f"the Ray cluster at {address} wants its token: {str(error).splitlines()[0]}; set RAY_AUTH_TOKEN or "
@@ -130,6 +130,11 @@ def _join(address: str | None, options: dict, environment: dict[str, str]) -> No
             f"this process cannot join the Ray cluster at {address}: {' '.join(str(error).split())}; run it on a node "
             "of the cluster with its Ray and Python, or hand it over by `ray job submit`"
         ) from None
+    if address is None and not started.dashboard_url:
+        raise JobFailure(
+            f"Ray's dashboard did not start at port {options['dashboard_port']}, and without it a search would wait "
+            "for ever; run the same command again"
+        )
 
 
 @contextmanager

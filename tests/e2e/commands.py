@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.processes import birth
+from cluster.processes import birth, free_port
 from jobs.rule.world import SETTINGS, World
 
 ROOT = Path(__file__).parents[2]
@@ -43,12 +42,9 @@ def cluster(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def free_ports() -> dict[str, int]:
     """A port for each server that `up` starts."""
-    holders = [socket.socket() for _ in range(3)]
-    for holder in holders:
-        holder.bind(("127.0.0.1", 0))
-    ports = dict(zip(("dashboard", "ray", "mlflow"), (holder.getsockname()[1] for holder in holders), strict=True))
-    for holder in holders:
-        holder.close()
+    ports: dict[str, int] = {}
+    for server in ("dashboard", "ray", "mlflow"):
+        ports[server] = free_port(*ports.values())
     return ports
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -59,9 +60,17 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def finished(world, tmp_path_factory) -> Finished:
-    """`python -m jobs.rule run` in the tiny world, to its end."""
-    storage = tmp_path_factory.mktemp("finished")
+    """`python -m jobs.rule run` in the tiny world, to its end; one for all of xdist's processes."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    storage, ended = base / "finished", base / "finished.json"
     command = ["run", *commands.settings(world)]
-    process = commands.rule(storage, *command)
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    with FileLock(base / "finished.lock"):
+        if not ended.exists():
+            shutil.rmtree(storage, ignore_errors=True)
+            storage.mkdir()
+            run = commands.rule(storage, *command)
+            assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+            ended.write_text(json.dumps([run.stdout, run.stderr]))
+    process = subprocess.CompletedProcess(command, 0, *json.loads(ended.read_text()))
     return Finished(storage, command, process, json.loads((commands.run_folder(storage) / "report.json").read_text()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from cluster import local, processes
@@ -42,20 +44,24 @@ def test_a_ray_keeps_its_files_below_a_folder_of_its_owner_alone(tmp_path, monke
 
 
 def test_a_free_port_is_none_that_is_chosen_already(monkeypatch):
-    class Probe:
-        drawn = iter([4001, 4001, 4002])
+    drawn = iter([1, 1, 4])
+    monkeypatch.setattr(processes.secrets, "randbelow", lambda _: next(drawn))
+    first = processes.free_port()
+    assert first == processes.OWN_PORTS + 1
+    assert processes.free_port(first) == processes.OWN_PORTS + 4
 
-        def __enter__(self):
-            return self
 
-        def __exit__(self, *_):
-            pass
-
-        def bind(self, _):
-            pass
-
-        def getsockname(self):
-            return "127.0.0.1", next(self.drawn)
-
-    monkeypatch.setattr(processes.socket, "socket", Probe)
-    assert processes.free_port(4001, 4003) == 4002
+def test_a_free_port_is_none_that_connections_get_nor_one_in_use(monkeypatch, tmp_path):
+    lowest = int(processes.DRAWN_PORTS.read_text().split()[0])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", processes.free_port()))
+        taken.listen()
+        used = taken.getsockname()[1]
+        assert processes.OWN_PORTS <= used < lowest
+        drawn = iter([used - processes.OWN_PORTS, 7])
+        monkeypatch.setattr(processes.secrets, "randbelow", lambda _: next(drawn))
+        assert processes.free_port() == processes.OWN_PORTS + 7
+    everything = tmp_path / "range"
+    everything.write_text("1024\t65535\n")
+    monkeypatch.setattr(processes, "DRAWN_PORTS", everything)
+    assert processes.free_port() >= 1024
