@@ -47,6 +47,8 @@ class CheckpointCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **_) -> None:
         """Told by the trainer, before callbacks that look at the model in their own time."""
         self.seconds = time.perf_counter() - self.started
+        if state.global_step >= state.max_steps:
+            stop(control)
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         """Told by the trainer."""
@@ -84,7 +86,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def stop(control: "TrainerControl") -> None:
-    """Ends a training before its last step, without a checkpoint there: resumed from it transformers makes one more."""
+    """Ends a training at this step, without a checkpoint there: resumed from it transformers would make one more."""
     control.should_training_stop, control.should_save = True, False
 
 

@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -102,9 +102,10 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
     from tune.search import RUNNING, STOPPED, recorded, trial_folder
 
     known = read_json(own.folder / "report.json")
-    ended = [record for record in recorded(own.folder) if record.state != RUNNING]
-    # a report of before steps were counted by history is made anew from the records
-    if known is not None and len(ended) >= config.tune.rule.trials and "of_failed_trials" in known["steps"]:
+    ended = [record.number for record in recorded(own.folder) if record.state != RUNNING]
+    # one of fewer trials, or of before steps were counted by history, is made anew from the records
+    told = known is not None and "of_failed_trials" in known["steps"] and reported(known) == ended
+    if told and len(ended) >= config.tune.rule.trials:
         print(f"this search is finished (--fresh starts it over): {own.folder}")
         _show(known)
         return own.folder / "report.json"
@@ -131,13 +132,13 @@ def _searched(
     config: SearchConfig, base: RuleConfig, space: Space, own: "job.Run", shapes: Sequence["job.Run"]
 ) -> dict[str, Any]:
     from cluster import session
-    from cluster.report import write_json
+    from cluster.report import write_json, write_text
     from jobs.rule import job, trial
     from tune.report import figure
     from tune.search import FAILED, RUNNING, search
 
     with session.connected(base), job.tracked(own, "rule-search") as tracker:
-        (own.folder / SETTINGS).write_text(yaml.safe_dump(_remembered(config), sort_keys=False), encoding="utf-8")
+        write_text(yaml.safe_dump(_remembered(config), sort_keys=False), own.folder / SETTINGS)
         os.environ[URI] = tracker.uri
         plan = planned(config, base, space, own, shapes, tracker.run_id)
         records = search(plan, _environment(config))
@@ -163,6 +164,13 @@ def _searched(
     return content
 
 
+def reported(content: Mapping[str, Any]) -> list[int]:
+    """Numbers of the trials that a report has the end of."""
+    from tune.search import RUNNING
+
+    return [trial["number"] for trial in content["trials"] if trial["state"] != RUNNING]
+
+
 def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
     """The configuration of a trial that sets nothing, and the space.
 
@@ -186,7 +194,7 @@ def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
         if place.exists() and getattr(config.rule, name) != DEMO_NAME:  # a folder of that name is not what a run takes
             keys[f"rule.{name}"] = str(place.resolve())
     if base.rule.trace.every is None:
-        keys["rule.trace.every"] = max(1, base.rule.rebo.steps // LOOKS)
+        keys["rule.trace.every"] = max(1, base.rule.rebo.steps // LOOKS) * base.rule.rebo.updates_per_rollout
     space = present(config.tune.rule.space, PLACE)
     known = set(leaves(RuleConfig))
     for name, dimension in space.items():
@@ -342,12 +350,14 @@ def _content(
 
 def _configuration(base: RuleConfig, plan: "Plan", record: "Record", step: int, path: Path) -> None:
     """A file that `python -m jobs.rule run --config` takes: a trial's whole configuration, with the steps of a look."""
+    from cluster.report import write_text
+
     keys = keys_of(plan.space, record.values) | {"rule.rebo.steps": step // plan.updates_per_step}
     config = overlaid(base, keys, PLACE)
     sections = config.model_dump(include={"rule", "train", "generation"})
     path.parent.mkdir(exist_ok=True)
     text = f"# Trial {record.number} of a search, up to step {step}.\n{yaml.safe_dump(sections, sort_keys=False)}"
-    path.write_text(text, encoding="utf-8")
+    write_text(text, path)
 
 
 def _remembered(config: SearchConfig) -> dict[str, Any]:

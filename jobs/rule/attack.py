@@ -39,7 +39,7 @@ from jobs.rule.data import Probe, Refusal, data_folder
 from jobs.rule.in_context import in_form
 from jobs.rule.pareto import fact_interval, paired_difference
 from jobs.rule.plan import rule_plan
-from jobs.rule.probes import Answer, facts
+from jobs.rule.probes import Answer, as_asked, facts
 from jobs.rule.trace import Trace, known_probes
 
 ORIGINAL = "original"
@@ -214,8 +214,8 @@ def split(answers: Sequence[Answer], config: RuleConfig) -> tuple[tuple[Refusal,
             by_answer.setdefault(_words(probe.answer), []).append(probe)
     firsts = [probes[0] for probes in by_answer.values()]
     taken = sorted({index * len(firsts) // wanted for index in range(wanted)})
-    lessons = [Refusal(firsts[index].query, firsts[index].answer, index) for index in taken]
-    relearnt = [_words(lesson.refusal) for lesson in lessons]
+    lessons = [_lesson(firsts[index], index, config.rule.evaluation.prompt_form) for index in taken]
+    relearnt = [_words(firsts[index].answer) for index in taken]
     asked = [
         probe
         for words, probes in by_answer.items()
@@ -228,6 +228,12 @@ def split(answers: Sequence[Answer], config: RuleConfig) -> tuple[tuple[Refusal,
             f"leave {len(asked)} probes to ask; lower it, or bring more questions that the original answers"
         )
     return tuple(lessons), tuple(asked)
+
+
+def _lesson(probe: Probe, source: int, form: str) -> Refusal:
+    """A probe with its true answer, as it is asked: relearnt otherwise, less would come back."""
+    message, opening = as_asked(probe, form)
+    return Refusal(message, f"{opening} {probe.answer}".lstrip(), source)
 
 
 def _words(text: str) -> frozenset[str]:

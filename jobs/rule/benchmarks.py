@@ -4,11 +4,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.errors import UserError
 from cluster.generation import Generator
-from cluster.models import context_length
+from cluster.models import context_length, load_tokenizer
 from cluster.report import Metric
 from jobs.rule import mia, muse, tofu, utility
 from jobs.rule.config import Evaluation
+from jobs.rule.rows import encode
 from jobs.rule.tofu import TofuRow
 
 if TYPE_CHECKING:
@@ -60,6 +62,40 @@ def load_benchmarks(folder: Path) -> Benchmarks:
         privleak=muse.load_privleak(folder),
         tofu=tofu.load_tofu(folder),
     )
+
+
+def check_benchmarks(data: Benchmarks, model: Path, folder: Path) -> None:
+    """What would end `run_benchmarks` with the model in directory `model`; `folder` holds the files.
+
+    Raises:
+        UserError: answers that leave no room for a question in the model's context, or a passage of one token.
+    """
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(model)
+    context = context_length(AutoConfig.from_pretrained(model, local_files_only=True))
+    for file, rows, answer in (
+        ("retain_bbh.json", data.bbh, utility.BBH_TOKENS),
+        ("triviaqa.json", data.trivia, utility.TRIVIA_TOKENS),
+        ("fluency.json", data.fluency, utility.FLUENCY_TOKENS),
+        ("knowmem_forget_qa.json", data.knowmem_forget, muse.KNOWMEM_TOKENS),
+        ("knowmem_retain_qa.json", data.knowmem_retain, muse.KNOWMEM_TOKENS),
+        ("verbmem_forget.json", data.verbmem, muse.VERBMEM_TOKENS),
+    ):
+        if rows and answer >= context:
+            raise UserError(
+                f"{folder / file} cannot be asked: its answers of {answer} tokens leave no room for a question in the "
+                f"context of {context} of {model}; move the file away, or take a model with a longer context"
+            )
+    for files, sides in (("{}_mia.json", data.membership), ("privleak_{}.json", data.privleak)):
+        splits = SPLITS if files.endswith("mia.json") else ("forget", "holdout")
+        for split, texts in zip(splits, sides or (), strict=False):
+            for row, text in enumerate(texts):
+                if len(encode(tokenizer, text)) < 2:
+                    raise UserError(
+                        f"{folder / files.format(split)}: passage {row} ({text[:20]!r}) is one token of {model}, and "
+                        "whether it was learnt cannot be told; write a longer one, or take it out"
+                    )
 
 
 def run_benchmarks(

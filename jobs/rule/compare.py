@@ -162,7 +162,8 @@ def compare(
     """
     with paths_named():
         run, own, pinned = _prepared(config, chosen, out, command, gold)
-        used = {entry: costs.data_used(prepared) for entry, prepared in own.items()}
+        for prepared in own.values():  # reads the corpora also where a method does not
+            costs.data_used(prepared)
         job.claim(run, fresh)
         _require_same_texts(own)
     run.shared = run.folder / "shared"
@@ -190,7 +191,7 @@ def compare(
                 own[entry].folder,
                 threshold,
                 costs.spent(own[entry]),
-                used[entry],
+                costs.data_used(own[entry]),
             )
             for entry in finished
         ]

@@ -11,6 +11,7 @@ from cluster.report import read_lines
 from jobs.rule import methods
 from jobs.rule.corpora import load_corpora
 from jobs.rule.data import RuleData
+from jobs.rule.plan import steering_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,7 @@ def data_used(run: "Run") -> dict[str, float | None]:
 
     RULE reads its forget questions with their refusals, and boundary questions without answers; its first stage alone,
     and RT, the questions of that stage. A method on texts reads its whole forget corpus, and as many texts of the
-    retain corpus; less where a training ends within its first epoch. Plain tokens, without a chat template.
+    retain corpus; less where a training ended, or is to end, within its first epoch. Plain tokens, without a template.
     Source: RULE, token accounting of the main table.
     """
     tokenizer, data, rule = load_tokenizer(run.source.path), run.data, run.config.rule
@@ -74,10 +75,13 @@ def data_used(run: "Run") -> dict[str, float | None]:
     if name == methods.PROMPT_ONLY:
         read = {"forget": [], "retain": []}
     elif name == methods.STEERING_ONLY:
-        epochs = min(rule.steering.epochs, rule.steering.stop_after_epochs or rule.steering.epochs)
+        planned = steering_steps(rule.steering, len(data.refusals))
+        epochs = _steps(run, "steering", planned) * _a_step(len(data.refusals), rule.steering.batch_size)
+        epochs /= len(data.refusals)
         read = {"forget": [f"{row.prompt} {row.refusal}" for row in data.refusals], "retain": []}
     elif name == methods.RULE:
-        epochs = rule.rebo.steps * rule.rebo.prompts_per_step / len(data.items)
+        updates = _steps(run, "rebo", rule.rebo.steps * rule.rebo.updates_per_rollout)
+        epochs = updates / rule.rebo.updates_per_rollout * rule.rebo.prompts_per_step / len(data.items)
         read = {
             "forget": [f"{item.prompt} {item.reference}" for item in data.items if item.label == "reject"],
             "retain": [item.prompt for item in data.items if item.label == "normal"],
@@ -105,6 +109,11 @@ def _corpus(data: RuleData, side: str) -> list[str]:
         return []
     corpora = load_corpora(data, methods.find("GA" if side == "forget" else "GA+GDR"))
     return [sample.completion for sample in corpora[side]]
+
+
+def _steps(run: "Run", stage: str, planned: int) -> int:
+    """Steps that a stage took, or would take where it has not been trained."""
+    return max((row["step"] for row in read_lines(run.folder / HISTORY) if row["stage"] == stage), default=planned)
 
 
 def _a_step(rows: int, batch: int) -> float:

@@ -16,7 +16,7 @@ from cluster.runs import claim, exclusively
 from cluster.tracking import Tracker, masked
 from jobs.rule import methods, shared, stages
 from jobs.rule import report as reporting
-from jobs.rule.benchmarks import Benchmarks, load_benchmarks
+from jobs.rule.benchmarks import Benchmarks, check_benchmarks, load_benchmarks
 from jobs.rule.boundary import with_boundary
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
@@ -152,6 +152,9 @@ def _evaluation(
     run = prepare(config, out, command, what=f"evaluate-{pinned[:6]}", benchmarked=True)
     for one in checkpoints.values():
         check_lengths(one.path, chosen_probes(run), config.rule.evaluation)
+    if run.benchmarks is not None:
+        for one in (run.source, *checkpoints.values()):
+            check_benchmarks(run.benchmarks, one.path, run.data.folder)
     return run, checkpoints
 
 

@@ -45,12 +45,17 @@ def rule_plan(config: RuleConfig, data: RuleData, model: Path, wanted: Sequence[
         UserError: as `measure` and `stages` do. `Plan.refusal` tells what does not fit.
     """
     shape = ModelShape.of(model)
-    lengths = measure(config, data, load_tokenizer(model), shape.context)
+    sampled = "rebo" in wanted or config.rule.steering.stop_at_refusal is not None
+    lengths = measure(config, data, load_tokenizer(model), shape.context, sampled)
     return stages(config, lengths, shape, this_node(storage(config)), wanted)
 
 
-def measure(config: RuleConfig, data: RuleData, tokenizer: "PreTrainedTokenizerBase", context: int) -> Lengths:
+def measure(
+    config: RuleConfig, data: RuleData, tokenizer: "PreTrainedTokenizerBase", context: int, sampled: bool = True
+) -> Lengths:
     """Tokenises the training questions; `context` is the longest sequence that the model takes, in tokens.
+
+    `sampled`: whether answers to the questions of stage 2 are.
 
     Raises:
         UserError: a question is longer than `rebo.max_prompt_tokens`, or leaves no room for a completion in the
@@ -62,10 +67,10 @@ def measure(config: RuleConfig, data: RuleData, tokenizer: "PreTrainedTokenizerB
     for index, item in enumerate(data.items):
         size = len(chat_ids(tokenizer, item.prompt))
         where = f"question {index} of stage 2 ({_begin(item.prompt)}) has {size} tokens"
-        if size > rule.rebo.max_prompt_tokens:
+        if sampled and size > rule.rebo.max_prompt_tokens:
             allowed = f"rule.rebo.max_prompt_tokens = {rule.rebo.max_prompt_tokens}"
             raise UserError(f"{where}, more than {allowed}; raise it or shorten the question")
-        if size + most > context:
+        if sampled and size + most > context:
             both = f"with rule.rebo.max_completion_tokens = {most} more than the model's context of {context}"
             raise UserError(f"{where}, {both}; lower it or shorten the question")
         prompts.append(size)

@@ -55,16 +55,21 @@ class Answer:
 
 
 def probe_ids(tokenizer: "PreTrainedTokenizerBase", probe: Probe, form: str, prefill: str = "") -> list[int]:
-    """The prompt of a probe (RWKU, evaluation prompts); `prefill` is put into the model's mouth as well.
+    """The prompt of a probe; `prefill` is put into the model's mouth as well."""
+    message, opening = as_asked(probe, form)
+    return chat_ids(tokenizer, message, " ".join(filter(None, (opening, prefill))))
+
+
+def as_asked(probe: Probe, form: str) -> tuple[str, str]:
+    """The user's message of a probe, and what opens the model's reply (RWKU, evaluation prompts).
 
     In the form "rwku" probes get RWKU's instruction and "Answer:" opens the reply; in-context attacks stay raw and
     affirmative suffixes bring their own opening. Held-out training questions are asked as they were trained: raw.
     """
     if form == "plain" or probe.kind.startswith("heldout") or probe.type.startswith("incontext"):
-        return chat_ids(tokenizer, probe.query, prefill)
+        return probe.query, ""
     instruction = BLANK_INSTRUCTION if probe.kind.endswith("_fb") else ANSWER_INSTRUCTION
-    opening = "" if probe.type.startswith("affirmative") else "Answer:"
-    return chat_ids(tokenizer, instruction + probe.query, " ".join(filter(None, (opening, prefill))))
+    return instruction + probe.query, "" if probe.type.startswith("affirmative") else "Answer:"
 
 
 def ask(
@@ -179,7 +184,9 @@ def _measures(name: str, answers: Sequence[Answer], seed: int) -> dict[str, Metr
         f"{name}/refusal_rule": share_interval([answer.refusal_rule for answer in answers], seed),
     }
     if all(has_answer(answer.probe) for answer in answers):
-        measures[f"{name}/rouge_l_recall"] = mean_interval([answer.rouge_l_recall for answer in answers], seed)
+        asked_for = facts([answer.probe for answer in answers])
+        recalls = [answer.rouge_l_recall for answer in answers]
+        measures[f"{name}/rouge_l_recall"] = mean_interval(recalls, seed, groups=asked_for)
     return measures
 
 

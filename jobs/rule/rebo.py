@@ -1,5 +1,6 @@
 """Stage 2 of RULE, refusal boundary optimisation, as Ray Train runs it on every worker."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,13 +52,15 @@ def rebo(task: ReboTask, recorder: Recorder) -> None:
 
     training.prepare_worker(task.train)
     settings, world = task.settings, training.world_size()
+    # Saved between two rollouts alone: the one that further updates learn from is in no checkpoint.
+    every = math.ceil(task.train.checkpoint_every / settings.updates_per_rollout) * settings.updates_per_rollout
     tokenizer = load_tokenizer(task.model)
     model = training.trainable(load_model(task.model), task.train)
     prompts = [chat_ids(tokenizer, item.prompt) for item in task.items]
     with recorder.scratch() as folder:
         arguments = training.arguments(
             folder,
-            task.train,
+            task.train.model_copy(update={"checkpoint_every": every}),
             task.seed,
             config_class=GRPOConfig,
             per_device_train_batch_size=settings.prompts_per_step * settings.completions_per_prompt // world,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cluster.errors import UserError
 from jobs.rule.config import Evaluation, Rule
 from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS, Probe
-from jobs.rule.probes import Answer, probe_ids, recalled
+from jobs.rule.probes import Answer, facts, probe_ids, recalled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +84,14 @@ def scores(
     retained = [recall for probe, recall in zip(probes, recalls, strict=True) if probe.kind in RETAINED_KINDS]
     found = dict(zip(AXES, ([1 - recalls[index] for index in forget], retained), strict=True))
     return found if natural is None else found | {NATURALNESS: [natural[index] for index in forget]}
+
+
+def asked_for(probes: Sequence[Probe]) -> dict[str, list[str]]:
+    """The fact behind each number of `scores`."""
+    forget, retained = (
+        facts([probe for probe in probes if probe.kind in kinds]) for kinds in (FORGET_KINDS, RETAINED_KINDS)
+    )
+    return {**dict(zip(AXES, (forget, retained), strict=True)), NATURALNESS: forget}
 
 
 def look_file(folder: Path, step: int) -> Path:

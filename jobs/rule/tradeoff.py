@@ -214,6 +214,8 @@ def table(content: Mapping[str, Any]) -> "Table":
     shown.caption = (
         "Forgotten: 1 - ROUGE-L recall on forget probes that the original knows; retained: recall on neighbours and\n"
         "general knowledge that it knows; 95 % intervals over the facts asked for, those of the others over probes.\n"
+        "Refusal: of known forget probes (known by an entailment model too); over-refusal: of all retained ones;\n"
+        "naturalness: of answers to all forget ones.\n"
         "Minutes: of training, with start-up and looks. D_f, D_r: tokens read, in percent of the corpora.\n"
         "Front: of each method's best run (largest product of forgotten and retained), chosen on the same probes: the\n"
         "more runs a method has, the more its figures lean to the good side."

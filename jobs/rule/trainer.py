@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from trl import GRPOConfig, GRPOTrainer
 
 from cluster import training
+from cluster.errors import Diverged
 from cluster.generation import Completion, Generator, Sampling
 from jobs.rule.config import Rebo
 from jobs.rule.data import Item
@@ -127,7 +128,8 @@ class ReboTrainer(GRPOTrainer):
         self.engine = engine_of(self)
 
     def _prepare_inputs(self, inputs: list[dict]) -> RolloutBatch:
-        if self._step % self.num_iterations == 0 or self._buffered_inputs is None:
+        # TRL's own count of steps begins at 0 again when a training is resumed
+        if self.state.global_step % self.num_iterations == 0 or self._buffered_inputs is None:
             self._buffered_inputs = self._rollout([row["item"] for row in inputs[:: self.num_generations]])
         return self._buffered_inputs
 
@@ -153,6 +155,11 @@ class ReboTrainer(GRPOTrainer):
                 kl_sum += kl
         self._step += 1
         sums = self.accelerator.reduce(torch.stack([total / self.accelerator.num_processes, kl_sum]), reduction="sum")
+        if not torch.isfinite(sums).all():
+            raise Diverged(
+                f"stage 2 diverged at step {self.state.global_step + 1}: its loss is {sums[0].item():g}; lower "
+                f"rule.rebo.learning_rate = {self.settings.learning_rate:g}"
+            )
         if self.settings.kl_coefficient:
             self._metrics["train"]["kl"].append((sums[1] / batch.num_tokens).item())
         self._metrics["train"]["policy_loss"].append(sums[0].item())

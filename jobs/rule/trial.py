@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 from cluster import session
 from cluster.errors import JobFailure, UserError
 from cluster.recorder import HISTORY
-from cluster.report import Metric, read_json, read_lines
+from cluster.report import Metric, read_json, read_lines, write_json
 from cluster.tracking import Tracker
 from jobs.rule import job, stages
 from jobs.rule.config import RuleConfig
-from jobs.rule.trace import look_file, trace_of
+from jobs.rule.trace import asked_for, look_file, trace_of
 from jobs.scoring.intervals import mean_interval
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
+
+FACTS = "facts.json"  # what the probes of each axis ask for
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def _trained(run: job.Run, tracker: Tracker) -> dict[str, float]:
     if "look" not in run.state:
         original = job.evaluated(run, "original", run.source.path)
         run.trace = trace_of(run.config.rule, original.answers, run.source.path, run.data.target)
+        write_json(asked_for(run.trace.probes), run.folder / FACTS)
         for _ in stages.unlearning(run, tracker):
             pass
         last = max((run.folder / "looks").iterdir())
@@ -64,9 +67,9 @@ def trained_steps(folder: Path) -> int:
 
 
 def intervals(folder: Path, step: int, seed: int) -> dict[str, Metric]:
-    """A look of a trial's folder, each axis with its interval; empty where there is none."""
-    found = read_json(look_file(folder, step))
-    return {axis: mean_interval(values, seed) for axis, values in found.items()} if found else {}
+    """A look of a trial's folder, each axis with its interval over the facts asked for; empty where there is none."""
+    found, facts = read_json(look_file(folder, step)) or {}, read_json(folder / FACTS) or {}
+    return {axis: mean_interval(values, seed, groups=facts.get(axis)) for axis, values in found.items()}
 
 
 def stopped(folder: Path, failed: bool) -> None:

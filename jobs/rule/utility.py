@@ -37,6 +37,8 @@ from jobs.scoring.intervals import mean_interval, share_interval
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BBH_TOKENS, TRIVIA_TOKENS, FLUENCY_TOKENS = 512, 32, 256  # of an answer
+
 
 class MultipleChoice(Row):
     """A question with lettered choices; `answer` is the index of the right one."""
@@ -240,7 +242,7 @@ def score_bbh(
     *,
     context: int,
     seed: int,
-    max_new_tokens: int = 512,
+    max_new_tokens: int = BBH_TOKENS,
     chat: bool = True,
 ) -> dict[str, Metric]:
     """3-shot chain-of-thought exact match (`bbh/exact_match`), greedy; the answer is read by `chain_answer`.
@@ -278,7 +280,7 @@ def score_trivia(
     *,
     context: int,
     seed: int,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = TRIVIA_TOKENS,
     chat: bool = True,
 ) -> dict[str, Metric]:
     """6-shot TriviaQA (`trivia/f1`): token F1 of the first line, best over the aliases, greedy."""
@@ -310,7 +312,7 @@ def score_fluency(
     *,
     context: int,
     seed: int,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = FLUENCY_TOKENS,
     stop: tuple[str, ...] = (),
 ) -> dict[str, Metric]:
     """Mean n-gram entropy x 100 of greedy answers to instructions (`fluency/entropy`), chat template."""

@@ -176,13 +176,16 @@ def test_a_leak_is_one_in_whatever_case_and_punctuation():
     assert leaked("nobody", "Carrie") == 0
 
 
+PLAIN = "rule.evaluation.prompt_form=plain"
+
+
 def answers(count: int) -> list[Answer]:
     kinds = [KINDS[index % 2] for index in range(count)] + ["forget_aa", "general", "neighbor_qa"]
     return [Answer(Probe(f"q{i}", f"a{i}", kind, "", ""), "said", False, False, 1.0) for i, kind in enumerate(kinds)]
 
 
 def test_what_is_relearnt_is_not_asked():
-    config = load(RuleConfig, sets=["rule.attack.relearn_answers=3"], environ={})
+    config = load(RuleConfig, sets=["rule.attack.relearn_answers=3", PLAIN], environ={})
     lessons, probes = split(answers(9), config)
     assert [(lesson.prompt, lesson.refusal) for lesson in lessons] == [("q0", "a0"), ("q3", "a3"), ("q6", "a6")]
     assert [probe.query for probe in probes] == ["q1", "q2", "q4", "q5", "q7", "q8"]
@@ -190,8 +193,16 @@ def test_what_is_relearnt_is_not_asked():
         split(answers(4), config)
 
 
+def test_what_is_relearnt_is_relearnt_as_it_is_asked():
+    lessons, _ = split(answers(9), load(RuleConfig, sets=["rule.attack.relearn_answers=3"], environ={}))
+    fill_in, question, _ = lessons
+    assert fill_in.prompt == "Please complete the blank in the following question.\nQuestion: q0"
+    assert question.prompt == "Please briefly answer the following question.\nQuestion: q3"
+    assert [lesson.refusal for lesson in lessons] == ["Answer: a0", "Answer: a3", "Answer: a6"]
+
+
 def test_another_question_for_a_relearnt_answer_is_not_asked_either():
-    config = load(RuleConfig, sets=["rule.attack.relearn_answers=1"], environ={})
+    config = load(RuleConfig, sets=["rule.attack.relearn_answers=1", PLAIN], environ={})
     twins = [Answer(Probe(f"twin {i}", f"A{i} ", KINDS[0], "", ""), "said", False, False, 1.0) for i in range(3)]
     lessons, probes = split([*answers(3), *twins], config)
     assert [lesson.prompt for lesson in lessons] == ["q0"]
@@ -199,7 +210,7 @@ def test_another_question_for_a_relearnt_answer_is_not_asked_either():
 
 
 def test_an_answer_within_a_relearnt_one_is_not_asked_either():
-    config = load(RuleConfig, sets=["rule.attack.relearn_answers=1"], environ={})
+    config = load(RuleConfig, sets=["rule.attack.relearn_answers=1", PLAIN], environ={})
     texts = ("September 21, 1947", "1947", "In september, 21st", "Maine", "on September 21 of 1947", "Bangor")
     given = [Answer(Probe(text, text, KINDS[0], "", ""), "said", False, False, 1.0) for text in texts]
     retained = Answer(Probe("q", "a", "general", "", ""), "said", False, False, 1.0)

@@ -251,7 +251,7 @@ def demo() -> Run:
     return Run(load(RuleConfig, environ={}), load_data("demo", None, 0.0, 42), source, Path("nowhere"), "")
 
 
-def test_data_used_is_a_share_of_the_corpora(demo):
+def test_data_used_is_a_share_of_the_corpora(demo, tmp_path):
     tokenizer = load_tokenizer(demo.source.path)
 
     def size(texts) -> int:
@@ -267,6 +267,15 @@ def test_data_used_is_a_share_of_the_corpora(demo):
     }
     gradient = Run(Entry("GA+GDR").applied(demo.config), demo.data, demo.source, Path("nowhere"), "", corpora)
     assert costs.data_used(gradient) == {"forget": 1.0, "retain": 1.0}
+    early = tmp_path / "early"
+    early.mkdir()
+    batches = math.ceil(len(demo.data.refusals) / demo.config.rule.steering.batch_size)
+    (early / "history.jsonl").write_text(f'{{"stage": "steering", "step": {batches // 2}}}\n')
+    planned, half = (
+        costs.data_used(Run(Entry("RS").applied(demo.config), demo.data, demo.source, folder, ""))["forget"]
+        for folder in (tmp_path, early)
+    )
+    assert half / planned == pytest.approx(batches // 2 / batches)
     prompt = Run(Entry("ICU").applied(demo.config), demo.data, demo.source, Path("nowhere"), "")
     assert costs.data_used(prompt) == {"forget": 0.0, "retain": 0.0}
 

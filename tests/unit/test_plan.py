@@ -293,6 +293,7 @@ def test_data_is_measured_in_the_models_tokens(data, tokenizer):
 def test_a_question_that_does_not_fit_is_named(data, tokenizer, sets, context, words):
     with pytest.raises(UserError) as error:
         measure(configured(*sets), data, tokenizer, context)
+    measure(configured(*sets), data, tokenizer, context, sampled=False)
     assert all(word in str(error.value) for word in words), error.value
 
 

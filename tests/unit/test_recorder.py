@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from safetensors import SafetensorError
-from transformers import TrainerControl
+from transformers import TrainerControl, TrainerState
 
 from cluster import training
 from cluster.errors import Diverged, JobFailure, UserError
@@ -47,6 +47,14 @@ def test_a_training_that_is_ended_early_saves_no_checkpoint_at_its_last_step():
     control = TrainerControl(should_save=True)
     training.stop(control)
     assert (control.should_training_stop, control.should_save) == (True, False)
+
+
+@pytest.mark.parametrize(("step", "saves"), [(4, True), (5, False)])
+def test_no_checkpoint_is_saved_of_the_last_step(tmp_path, step, saves):
+    callback = training.CheckpointCallback(Recorder("rebo", tmp_path, 5))
+    control = TrainerControl(should_save=True)
+    callback.on_step_end(None, TrainerState(global_step=step, max_steps=5), control)
+    assert control.should_save == saves
 
 
 def test_the_trainers_own_files_lie_with_the_results_and_go(tmp_path):

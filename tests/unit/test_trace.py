@@ -150,3 +150,20 @@ def test_ranks_share_the_probes_and_their_scores_keep_the_order(looked, monkeypa
         looked.looks._look(2, ARGUMENTS.device)
     kept = json.loads((looked.folder / "looks" / "000002.json").read_text())
     assert kept == {"forgotten": [0.0, 0.75], "retained": [1.0, 0.25]}
+
+
+def test_intervals_of_a_look_are_over_the_facts_asked_for(tmp_path):
+    from jobs.rule import trial
+
+    values = {"forgotten": [1.0, 1.0, 0.0, 0.0, 1.0, 1.0], "retained": [1.0, 0.5]}
+    (tmp_path / "looks").mkdir()
+    (tmp_path / "looks" / "000004.json").write_text(json.dumps(values))
+    by_probe = trial.intervals(tmp_path, 4, 0)["forgotten"]
+    (tmp_path / trial.FACTS).write_text(
+        json.dumps({"forgotten": ["a", "a", "b", "b", "c", "c"], "retained": ["d", "e"]})
+    )
+    by_fact = trial.intervals(tmp_path, 4, 0)["forgotten"]
+    assert by_fact.value == by_probe.value
+    assert by_fact.n == by_probe.n == 6
+    assert by_fact.ci95[1] - by_fact.ci95[0] > by_probe.ci95[1] - by_probe.ci95[0]
+    assert trial.intervals(tmp_path, 5, 0) == {}

@@ -195,11 +195,35 @@ def test_second_update_of_a_rollout_is_clipped(policy, tiny_tokenizer, items, tm
         for parameter in policy.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.5)
     policy.zero_grad()
+    trainer.state.global_step = 1
     trainer.training_step(policy, rows)
     assert trainer._buffered_inputs is batch
     assert trainer.new_samples() == []
     moved = [p.grad.abs().max().item() for p in policy.parameters()]
     assert all(torch.isfinite(torch.tensor(moved)))
+
+
+def test_a_resumed_training_learns_from_the_rollout_of_its_step(policy, tiny_tokenizer, items, tmp_path):
+    settings = Rebo(prompts_per_step=4, completions_per_prompt=4, kl_coefficient=0, updates_per_rollout=3)
+    trainer = rebo_trainer(policy, tiny_tokenizer, items, tmp_path, settings)
+    trainer.num_iterations = 3
+    rows = [{"item": index} for index in (0, 1, 2, 3) for _ in range(4)]
+    batches = []
+    for trainer.state.global_step in (6, 7, 8, 9):  # TRL counts from 0 in a resumed trainer
+        trainer.training_step(policy, rows)
+        batches.append(trainer._buffered_inputs)
+    assert batches[0] is batches[1] is batches[2]
+    assert batches[3] is not batches[0]
+
+
+def test_a_rebo_loss_that_is_no_number_ends_the_stage(policy, tiny_tokenizer, items, tmp_path):
+    settings = Rebo(prompts_per_step=4, completions_per_prompt=4, kl_coefficient=0.1, learning_rate=0.5)
+    trainer = rebo_trainer(policy, tiny_tokenizer, items, tmp_path, settings)
+    with torch.no_grad():
+        next(policy.parameters()).fill_(torch.nan)
+    rows = [{"item": index} for index in (0, 1, 2, 3) for _ in range(4)]
+    with pytest.raises(Diverged, match=r"stage 2 diverged at step 1: its loss is nan; lower .*learning_rate = 0\.5"):
+        trainer.training_step(policy, rows)
 
 
 def test_steering_loss_is_cross_entropy_on_refusals_alone(policy, tiny_tokenizer, tmp_path):
@@ -284,13 +308,13 @@ def test_a_training_has_as_many_steps_as_it_is_told(steered, steps):
 def test_a_step_of_stage_one_takes_as_long_as_its_questions_do(steered, monkeypatch):
     class Slow:
         def generate(self, prompts, sampling):
-            time.sleep(0.5)
+            time.sleep(2)
             return [[Completion([1], "yes", "stop")] for _ in prompts]
 
     monkeypatch.setattr("jobs.rule.steering.policy_engine", lambda *_: Slow())
     settings = Steering(batch_size=7, warmup_steps=0, epochs=2, stop_after_epochs=None)
     rows = steered(settings.model_copy(update={"stop_at_refusal": 0.5, "check_every": 2}))
-    assert rows[1]["seconds"]["step"] > 0.5 > rows[0]["seconds"]["step"]
+    assert rows[1]["seconds"]["step"] > 2 > rows[0]["seconds"]["step"]
 
 
 def test_a_worker_without_vllm_does_not_import_it():
