@@ -12,6 +12,8 @@ RAYWARD_LOCK := $(shell cat .venv/installed.kind 2>/dev/null || { nvidia-smi -L 
 endif
 PYTHON ?= python3.11
 RUN := .venv/bin/python
+# The long files first, so that both processes have work to the end.
+TOGETHER := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 COMPILE := .uv/bin/uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--generate-hashes --no-emit-index-url
 
@@ -27,8 +29,7 @@ demo: env  ## unlearn the demo target from the embedded model, print a table and
 	@$(RUN) -m jobs.rule run --profile laptop
 
 test: env  ## run the whole test suite (performance ratios apart)
-	@$(RUN) -m pytest tests/unit tests/cluster tests/e2e/test_oodface.py --numprocesses 2 --dist loadfile
-	$(RUN) -m pytest tests/e2e --ignore tests/e2e/test_oodface.py
+	@$(RUN) -m pytest tests/e2e tests/cluster tests/unit $(TOGETHER)
 
 doctor: env  ## check this machine, each problem with its remedy
 	@$(RUN) -m cluster doctor

@@ -24,6 +24,7 @@ WORKER_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 CONTROL_PORT = "RAY_GCS_SERVER_PORT"
+PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYWARD_CACHE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
 
 
@@ -80,6 +81,8 @@ def connected(config: Config) -> Iterator[None]:
     environment["RAY_API_SERVER_ADDRESS"] = ""
     with _folder(config, address) as folder:
         if address is None:
+            # Nobody takes back a node of this Ray; the actor that would look out for it takes seconds of every stage.
+            environment[PREEMPTION] = os.environ[PREEMPTION] = "0"
             cpus = config.cluster.num_cpus or max(joblib.cpu_count(), demanded)  # a container's limit counts
             options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
             # The usual port is left to `make up`; without a dashboard Ray Tune would hang.
@@ -155,7 +158,10 @@ def _folder(config: Config, address: str | None) -> Iterator[Path | None]:
 
 
 def on_worker(function, config: TrainingConfig, *arguments, seconds: float):
-    """`function(*arguments)` in a Ray task that has what a training worker has; its process ends with it.
+    """`function(*arguments)` in a Ray task that has what a training worker has.
+
+    Its process stays for the next task, which is spared the imports, except where it would keep the memory of a GPU or
+    of vLLM.
 
     Raises:
         JobFailure: it took longer than `seconds`, or its process died.
@@ -163,12 +169,15 @@ def on_worker(function, config: TrainingConfig, *arguments, seconds: float):
     import ray
     from ray.exceptions import GetTimeoutError, RayTaskError, WorkerCrashedError
 
+    from cluster.generation import chosen_engine
+
     train = config.train
+    keeps_memory = train.gpus_per_worker or chosen_engine(config.generation, train) == "vllm"
     # "DEFAULT": a trial of Ray Tune would place it in its own group, which has no room for it
     task = ray.remote(
         num_cpus=train.cpus_per_worker,
         num_gpus=train.gpus_per_worker,
-        max_calls=1,
+        max_calls=1 if keeps_memory else 0,
         max_retries=1,
         scheduling_strategy="DEFAULT",
     )(function)
