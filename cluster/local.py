@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster import processes
-from cluster.errors import JobFailure, UserError
+from cluster.errors import JobFailure, UserError, paths_named
 from cluster.processes import Session
-from cluster.report import read_json, write_json
+from cluster.report import read_json, write_json, write_text
 
 LOOPBACK = "127.0.0.1"
 START_DEADLINE_S = 120.0
@@ -166,12 +166,17 @@ def port_is_free(port: int) -> bool:
 def _turn(storage: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    (storage / "cluster").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(storage / "cluster" / "lock", timeout=0)
     try:
-        with FileLock(storage / "cluster" / "lock", timeout=0):
-            yield
+        with paths_named():
+            (storage / "cluster").mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout:
         raise UserError(f"Another `up` or `down` is at work on {storage}; wait for it to end.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _end(storage: Path, local: Local) -> None:
@@ -202,12 +207,11 @@ def _token(storage: Path) -> Token:
         return Token(mode, None)
     own = storage / "cluster" / "token"
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", own)).absolute()
-    if path == own and not own.exists():
+    if path == own and not (own.exists() and own.read_text(encoding="utf-8").strip()):
         # Readable by its owner alone from the first moment; kept by `down`, so that a shell's export stays good.
-        with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32))
-    if not path.is_file():
-        raise UserError(f"RAY_AUTH_TOKEN_PATH={path} is no file; unset it, and `up` makes a token.")
+        write_text(secrets.token_hex(32), own, mode=0o600)
+    if not (path.is_file() and path.read_text(encoding="utf-8").strip()):
+        raise UserError(f"RAY_AUTH_TOKEN_PATH={path} is no file with a token; unset it, and `up` makes one.")
     return Token(mode, path)
 
 

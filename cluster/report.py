@@ -42,8 +42,11 @@ def write_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
     return write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
 
 
-def write_text(text: str, path: Path) -> Path:
-    """Writes a file so that a reader sees the old one or the new one, never a part, even after power was cut."""
+def write_text(text: str, path: Path, mode: int = 0o644) -> Path:
+    """Writes a file so that a reader sees the old one or the new one, never a part, even after power was cut.
+
+    Before it has `mode` its owner alone can read it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -51,7 +54,7 @@ def write_text(text: str, path: Path) -> Path:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

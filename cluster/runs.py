@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,10 +13,10 @@ from cluster import session
 from cluster.config import Config
 from cluster.errors import UserError, paths_named
 from cluster.report import machine, read_json, write_json
-from cluster.tracking import Tracker, commit, default_uri, masked
+from cluster.tracking import Tracker, commit, default_uri, masked, masked_command
 from cluster.tracking_store import without_credentials
 
-STATE = "state.json"
+STATE, REPORT = "state.json", "report.json"
 
 
 class Run:
@@ -119,12 +120,21 @@ def tracked(
         yield tracker
 
 
+def publish(content: Mapping[str, Any], folder: Path, tracker: Tracker) -> Path:
+    """Puts report.json into a run's folder, where it says that the run is finished: once the tracking server has it."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as place:
+        path = write_json(content, Path(place) / REPORT)
+        tracker.artifact(path)
+        os.replace(path, folder / REPORT)
+    return folder / REPORT
+
+
 def provenance(run: Run, tracker: Tracker, packages: Sequence[str]) -> dict[str, Any]:
     """What made a report; `packages` are those whose version can change a figure."""
     from importlib.metadata import version
 
     return {
-        "command": without_credentials(run.command),
+        "command": masked_command(run.command),
         "configuration": masked(run.config.model_dump()),
         "machine": machine(),
         "commit": commit(),

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -17,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from cluster.errors import JobFailure, UserError
 from cluster.processes import Session
@@ -79,6 +82,30 @@ def masked(value: Any, place: str = "") -> Any:
     if isinstance(value, str) and value:
         return "***" if _SECRET_KEY.search(place) else without_credentials(value)
     return value
+
+
+def masked_command(command: str) -> str:
+    """A command line as `masked` shows a configuration: what its `--set KEY=VALUE` tell of secrets is "***"."""
+    parts = shlex.split(command)
+    for place, part in enumerate(parts):
+        option, _, assignment = part.rpartition("--set=")
+        if not option and assignment != part:
+            parts[place] = f"--set={_masked_assignment(assignment)}"
+        elif place and parts[place - 1] == "--set":
+            parts[place] = _masked_assignment(part)
+        else:
+            parts[place] = without_credentials(part)
+    return shlex.join(parts)
+
+
+def _masked_assignment(text: str) -> str:
+    key, equals, value = text.partition("=")
+    try:
+        told = yaml.safe_load(value)
+    except yaml.YAMLError:
+        told = value
+    shown = masked(told, key)
+    return text if shown == told else f"{key}{equals}{shown if isinstance(shown, str) else json.dumps(shown)}"
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

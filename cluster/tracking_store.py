@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
 
-_USER_INFO = re.compile(r"://[^/@\s]+@")
+_USER_INFO = re.compile(r"://[^/\s]+@")
 
 
 def without_credentials(text: str) -> str:

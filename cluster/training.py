@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # of Ray Train
+RANDOM_STATES = "rng_state*.pth"  # of transformers, one a rank
 WAITS_FOR_ROOM = 29  # times that Ray Train tries again to start the workers, after a minute each
 
 
@@ -63,7 +64,11 @@ class CheckpointCallback(TrainerCallback):
 
         checkpoint = None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        states = gathered({path.name: path.read_bytes() for path in folder.glob(RANDOM_STATES)})
         if rank() == 0:
+            for one in states[1:]:  # each rank writes its own on a disk of its own
+                for name, content in one.items():
+                    (folder / name).write_bytes(content)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
 

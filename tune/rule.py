@@ -131,8 +131,8 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
 def _searched(
     config: SearchConfig, base: RuleConfig, space: Space, own: "job.Run", shapes: Sequence["job.Run"]
 ) -> dict[str, Any]:
-    from cluster import session
-    from cluster.report import write_json, write_text
+    from cluster import runs, session
+    from cluster.report import write_text
     from jobs.rule import job, trial
     from tune.report import figure
     from tune.search import FAILED, RUNNING, search
@@ -158,9 +158,9 @@ def _searched(
             step=len(records),
             stage="search",
         )
-        path = write_json(content, own.folder / "report.json")
-        for artifact in (plot, path, *own.folder.glob("best.yaml")):
+        for artifact in (plot, *own.folder.glob("best.yaml")):
             tracker.artifact(artifact)
+        runs.publish(content, own.folder, tracker)
     return content
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from cluster import datasets, runs, session
 from cluster.errors import JobFailure, UserError, paths_named
-from cluster.report import digest, read_json, write_json
+from cluster.report import digest, read_json
 from cluster.tracking import Tracker
 from jobs.oodface import catalogue, protocols
 from jobs.oodface.config import Corrupt, OodfaceConfig
@@ -289,7 +289,7 @@ def _provenance(run: Run, found: catalogue.Catalogue, tracker: Tracker, what: st
 def _keep(run: Run, tracker: Tracker, content: dict[str, Any], pictures: Sequence[Path]) -> None:
     for path in pictures:
         tracker.artifact(path, "plots")
-    tracker.artifact(write_json(content, run.folder / "report.json"))
+    runs.publish(content, run.folder, tracker)
 
 
 def _track(tracker: Tracker, metrics: Mapping[str, Mapping[str, Any]], step: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -112,21 +112,60 @@ def bootstrap(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 8.3 and 13.3.
     """
-    rng = np.random.default_rng(seed)
     order = np.argsort(strata, kind="stable")
     values = outcome[order].astype(np.float32)
+    return np.concatenate([times @ values / len(outcome) for times in _drawn(strata, seed, resamples)]).astype(float)
+
+
+def tar_bootstrap(
+    columns: Sequence[Scores], same: Same, strata: Int[np.ndarray, " n"], far: float, seed: int, resamples: int
+) -> Float[np.ndarray, "resamples k"]:
+    """Shares of pairs of one person that are accepted, over resampled pairs of both kinds, as `bootstrap` draws them.
+
+    Each draw takes its threshold from its own pairs of two people, by the rule of `tar_at_far`, for most of what the
+    share may be off comes from there.
+    """
+    order = np.argsort(strata, kind="stable")
+    same = same[order]
+    allowed = int(np.floor(far * np.count_nonzero(~same) + 1e-9))
+    found = np.empty((resamples, len(columns)))
+    start = 0
+    for times in _drawn(strata, seed, resamples):
+        block = slice(start, start := start + len(times))
+        genuine = np.ascontiguousarray(times[:, same])
+        for number, scores in enumerate(columns):
+            found[block, number] = _accepted(scores[order], same, times, genuine, allowed)
+    return found
+
+
+def _accepted(
+    scores: Scores, same: Same, times: Float[np.ndarray, "b n"], genuine: Float[np.ndarray, "b m"], allowed: int
+) -> Float[np.ndarray, " b"]:
+    falling = np.flatnonzero(~same)[np.argsort(-scores[~same], kind="stable")]
+    # the threshold lies among the highest, each of which is drawn once on average
+    enough = allowed + 1 + int(10 * (allowed + 1) ** 0.5) + 20
+    for highest in (falling[:enough], falling):
+        above = np.cumsum(times[:, highest], axis=1) > allowed
+        if above[:, -1].all():
+            break
+    at = np.where(above[:, -1], above.argmax(axis=1), len(highest) - 1)
+    shares = genuine @ (scores[same][:, None] > scores[highest]).astype(np.float32) / genuine.shape[1]
+    return np.take_along_axis(shares, at[:, None], axis=1)[:, 0]
+
+
+def _drawn(strata: Int[np.ndarray, " n"], seed: int, resamples: int) -> Iterator[Float[np.ndarray, "b n"]]:
+    """How often each row is drawn, rows sorted by stratum, in blocks of resamples."""
+    rng = np.random.default_rng(seed)
     sizes = np.unique(strata, return_counts=True)[1]
     ends = np.cumsum(sizes)
-    means = np.empty((resamples, outcome.shape[1]))
-    block = max(1, _DRAWS_AT_ONCE // len(outcome))
+    block = max(1, _DRAWS_AT_ONCE // len(strata))
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
-        times = np.empty((rows, len(outcome)), dtype=np.float32)
+        times = np.empty((rows, len(strata)), dtype=np.float32)
         for size, end in zip(sizes, ends, strict=True):
             drawn = rng.integers(0, size, (rows, size)) + np.arange(rows)[:, None] * size
             times[:, end - size : end] = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
-        means[start : start + rows] = times @ values / len(outcome)
-    return means
+        yield times
 
 
 class Resampled:

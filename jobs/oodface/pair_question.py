@@ -33,10 +33,13 @@ _OPENING = re.compile(
     r"\W*(?:answer\W+)?(yes|no)"
     r"(?:\W*(?:[.,;:!)\n\u2013\u2014]|\s-\s|$)|\s+(?:they|these|those|it|both|the|this|that)\b)"
 )
+_TELLING = r"(?:identify|recogni[sz]e|compare|determine|tell|say|verify|confirm)"
 _REFUSAL = re.compile(
-    r"\W*(?:(?:sorry|but)\W+)*i(?:"
-    r"(?:\W?m| am)?\s+(?:sorry|afraid|unable|not able)|\s+(?:can\W?t|cannot|can not|won\W?t)\s+"
-    r"(?:\w+\s+)?(?:identify|recogni[sz]e|help|assist|compare|determine|do|answer|tell))\b"
+    r"\W*(?:(?:sorry|but|unfortunately|however|as an?\s(?:[\w-]+\s){0,3}?(?:ai|model|assistant))\W+)*(?:i(?:"
+    r"(?:\W?m| am)?\s+(?:sorry|afraid|unable|not able)|\s+(?:can\W?t|cannot|can not|won\W?t|will not|do not)\s+"
+    rf"(?:\w+\s+)?(?:{_TELLING}|help|assist|do|answer))|"
+    rf"(?:it|this|that)(?:(?:\W?s| is)\s+(?:impossible|not possible)\s+(?:for me )?to\s+(?:\w+ly\s+)?{_TELLING}|"
+    r"\s+(?:can\W?t|cannot|can not) be (?:determined|told|verified|confirmed)))\b"
 )
 _ENDING = re.compile(r"(?:\b(?:answer|conclusion|verdict)(?:\s+is)?|:)\W+(yes|no)\W*$")
 

@@ -138,7 +138,7 @@ def heat_map(content: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     image = axes.imshow(100 * falls, cmap="magma_r", vmin=0, vmax=max(5.0, most), aspect="auto")
     axes.set_xticks(range(len(scenarios)), [_title(name) for name in scenarios], rotation=60, ha="right")
-    axes.set_yticks(range(len(models)), models)
+    axes.set_yticks(range(len(models)), [_as_it_is(model) for model in models])
     for row, column in np.ndindex(falls.shape):
         percent = 100 * falls[row, column]
         colour = "white" if percent >= most / 2 else "black"
@@ -185,7 +185,7 @@ def curves(content: Mapping[str, Any]) -> Figure | None:
             places = [
                 place + 0.06 * (order - middle) for place in (0, *severities)
             ]  # else equal models hide each other
-            axes.errorbar(places, values, yerr=(lows, highs), label=model, marker="o", capsize=2)
+            axes.errorbar(places, values, yerr=(lows, highs), label=_as_it_is(model), marker="o", capsize=2)
         axes.set(title=titles[kind], xlabel="severity", ylabel=label)
         axes.set_xticks([0, *severities], ["clean", *map(str, severities)])
         axes.grid(alpha=0.3)
@@ -292,3 +292,8 @@ def _at(content: Mapping[str, Any], kind: str) -> list[int]:
     metrics = next(iter(content["metrics"].values()))
     rule = _rule(content)
     return [severity for severity in range(1, 6) if _severity(metrics, rule, kind, severity)]
+
+
+def _as_it_is(name: str) -> str:
+    """A model's name for matplotlib, which takes what stands between two dollars for a formula."""
+    return name.replace("$", r"\$")

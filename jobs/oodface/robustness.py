@@ -32,6 +32,7 @@ from jobs.oodface.metrics import (
     held_out,
     refit,
     tar_at_far,
+    tar_bootstrap,
 )
 from jobs.oodface.scenario import SEVERITIES
 
@@ -116,9 +117,9 @@ def evaluate(
     for far in FALSE_ACCEPTS:
         at = [tar_at_far(column, same, far) for column in columns]
         if None not in at:
-            accepted = (scores > np.array([one.value for one in at]))[same]
-            spread = Resampled(bootstrap(accepted, strata[same], seed, resamples) @ mixture, len(accepted), seed)
-            found |= _listed(f"tar_at_{far:g}", means, spread.metrics(accepted.mean(axis=0) @ mixture))
+            draws = tar_bootstrap(columns, same, strata, far, seed, resamples) @ mixture
+            shares = np.array([one.accuracy for one in at]) @ mixture
+            found |= _listed(f"tar_at_{far:g}", means, Resampled(draws, len(same), seed).metrics(shares))
     found |= _listed("auc", means, delong(columns, same, mixture))
     told = ["clean", *(f"{scenario}/{severity}" for scenario, severity in scored.conditions)]
     by_condition = {rule: dict(zip(told, limits, strict=True)) for rule, limits in thresholds.items()}

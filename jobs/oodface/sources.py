@@ -213,7 +213,8 @@ def without_suffix(name: str, suffixes: Iterable[str] = SUFFIXES) -> str:
 def stays_inside(image_id: str) -> bool:
     """Whether a file of that name lies in the folder that it is put in: names come from files of others."""
     parts = PurePosixPath(image_id).parts
-    return bool(parts) and not image_id.startswith("/") and ".." not in parts and "\0" not in image_id
+    plain = str(PurePosixPath(image_id)) == image_id  # "a" and "./a" would be one file
+    return plain and bool(parts) and not image_id.startswith("/") and ".." not in parts and "\0" not in image_id
 
 
 def _entries(place: Path) -> list[Path]:

@@ -75,10 +75,13 @@ class Table:
 
     def labels(self) -> Iterator[tuple[str | None, str | None]]:
         """What each row calls its image and its person."""
+        from pyarrow import types
+
         schema = self.file.schema_arrow
-        identity = next((name for name in IDENTITY_COLUMNS if name in schema.names), None)
-        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        classes = dict(enumerate((about.get(identity) or {}).get("names") or ()))
+        one = (types.is_string, types.is_large_string, types.is_integer, types.is_boolean)  # a row's lists name nobody
+        named = {field.name for field in schema if any(fits(field.type) for fits in one)}
+        identity = next((name for name in IDENTITY_COLUMNS if name in named), None)
+        classes = _class_names(schema, identity)
         columns = [name for name in (identity, "image_id", f"{self.column}.path") if name]
         for group in range(self.file.num_row_groups):
             count = int(self.starts[group + 1] - self.starts[group])
@@ -189,3 +192,12 @@ def _hub_table(location: str) -> Dataset:
         raise UserError(f"hub:{location} is no data set of the hub; write owner/name, owner/name:SUBSET or with @SPLIT")
     remedy = "write owner/name:SUBSET@SPLIT of what it has"
     return load_table(asked["name"], asked["subset"], asked["split"] or "train", "oodface.images", remedy)
+
+
+def _class_names(schema: Any, identity: str | None) -> dict[int, str]:
+    """The names of the numbers in a column of classes, as the library datasets keeps them beside a table's schema."""
+    try:
+        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return dict(enumerate(about["info"]["features"][identity]["names"]))
+    except (ValueError, KeyError, TypeError):  # none, or somebody else's
+        return {}

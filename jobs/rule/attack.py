@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, models, session, training
+from cluster import cli, models, runs, session, training
 from cluster.errors import JobFailure, UserError, paths_named
 from cluster.generation import chosen_engine
 from cluster.plan import Plan
@@ -143,10 +143,8 @@ def _concluded(
             {key: metric["value"] for key, metric in content["metrics"][name].items()}, step=attempt, stage=name
         )
     run.save(attempts=attempt + 1)
-    path = write_json(content, run.folder / "report.json")
     tracker.artifact(plot, "plots")
-    tracker.artifact(path)
-    return path
+    return runs.publish(content, run.folder, tracker)
 
 
 def dry_run(config: RuleConfig, named: Mapping[str, Path]) -> None:

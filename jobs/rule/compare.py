@@ -25,7 +25,7 @@ from cluster import models, runs, session
 from cluster.config import ENVIRONMENT_PREFIX, STORAGE_VARIABLE
 from cluster.errors import JobFailure, UserError, paths_named
 from cluster.memory import GIB
-from cluster.report import digest, read_json, write_json
+from cluster.report import digest, read_json
 from jobs.rule import costs, job, methods, stages, tradeoff
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import data_folder
@@ -212,9 +212,8 @@ def compare(
         plot = run.folder / "plots" / "tradeoff.png"
         plot.parent.mkdir(exist_ok=True)
         tradeoff.figure(content).savefig(plot, dpi=150)
-        path = write_json(content, run.folder / "report.json")
-        for artifact in (plot, path):
-            tracker.artifact(artifact)
+        tracker.artifact(plot)
+        path = runs.publish(content, run.folder, tracker)
     show(content)
     return path
 

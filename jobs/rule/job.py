@@ -299,9 +299,8 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
         content["registered_model"] = {"name": name, "alias": "unlearned"}
         content["registered_model"]["version"] = tracker.model(unlearned, name, "unlearned")
         content["checkpoint"] = str(unlearned)
-    path = write_json(content, folder / "report.json")
+    path = runs.publish(content, folder, tracker)
     (folder / UNREGISTERED).unlink(missing_ok=True)
-    tracker.artifact(path)
     show(content)
     return path
 

@@ -160,7 +160,7 @@ class Chat:
             pause = None
             try:
                 status, headers, content = self._post(client, body | dials, deadline)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 trouble = f"the last attempt failed with {type(error).__name__}"
             else:
                 if 200 <= status < 300:

@@ -77,6 +77,12 @@ def test_server_errors_are_retried_with_growing_waits(endpoint, make_judge, wait
     assert waits == [0.5, 1.0, 3.0]
 
 
+def test_a_damaged_body_is_asked_for_again(endpoint, make_judge, waits):
+    endpoint.replies = [(200, {"Content-Encoding": "gzip"}, "no gzip"), (200, {}, completion(GOOD))]
+    assert make_judge().score(["x"], NAMES) == [{"clarity": 80.0, "truth": 12.5}]
+    assert waits == [0.5]
+
+
 def test_a_moment_in_the_past_is_no_invitation_to_hammer(endpoint, make_judge, waits):
     endpoint.replies = [(429, {"Retry-After": "0"}, ""), (529, {}, ""), (200, {}, completion(GOOD))]
     make_judge().score(["x"], NAMES)

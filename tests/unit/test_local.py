@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +66,27 @@ def test_a_free_port_is_none_that_connections_get_nor_one_in_use(monkeypatch, tm
     everything.write_text("1024\t65535\n")
     monkeypatch.setattr(processes, "DRAWN_PORTS", everything)
     assert processes.free_port() >= 1024
+
+
+def test_a_storage_that_cannot_be_is_told():
+    with pytest.raises(UserError, match=r"/dev/null/x/cluster cannot be used: Not a directory"):
+        local.up(Path("/dev/null/x"), local.Ports())
+    assert not local.down(Path("/dev/null/x"))
+
+
+def test_an_empty_token_is_none(tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    own = tmp_path / "cluster" / "token"
+    own.parent.mkdir()
+    own.touch()  # what a full disk left
+    assert local._token(tmp_path).path == own
+    made = own.read_text()
+    assert len(made) == 64
+    assert own.stat().st_mode & 0o777 == 0o600
+    assert local._token(tmp_path).path.read_text() == made
+    other = tmp_path / "empty"
+    other.touch()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(other))
+    with pytest.raises(UserError, match="is no file with a token"):
+        local._token(tmp_path)

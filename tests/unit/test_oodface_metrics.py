@@ -12,6 +12,7 @@ from scipy import stats
 
 from cluster.errors import UserError
 from cluster.report import Metric
+from jobs.oodface import metrics
 from jobs.oodface.metrics import (
     Folds,
     bootstrap,
@@ -22,6 +23,7 @@ from jobs.oodface.metrics import (
     pair_scores,
     refit,
     tar_at_far,
+    tar_bootstrap,
 )
 from jobs.oodface.protocols import Pairs
 from jobs.oodface.robustness import CORRUPTIONS, VARIATIONS, Scored, evaluate
@@ -116,6 +118,32 @@ def test_tar_at_far_accepts_no_more_than_it_may(rows, far):
     if lower and far < 1:
         # at the next lower threshold more would be accepted than may be
         assert (scores[~same] > max(lower)).mean() > far
+
+
+@pytest.mark.parametrize("far", [0.05, 0.3])
+def test_a_drawn_share_has_the_threshold_of_its_own_draw(far, monkeypatch):
+    scores, same, fold = drawn(3, 160, 1.5, folds=2)
+    columns, strata = [scores.round(1), -scores], 2 * fold + same  # rounded, so that ties are common
+    monkeypatch.setattr(metrics, "_DRAWS_AT_ONCE", 160 * 7)  # blocks of seven
+    found = tar_bootstrap(columns, same, strata, far, seed=5, resamples=20)
+    order = np.argsort(strata, kind="stable")
+    draws = np.concatenate(list(metrics._drawn(strata, 5, 20))).astype(int)
+    assert draws.shape == (20, 160)
+    for times, shares in zip(draws, found, strict=True):
+        rows = np.repeat(order, times)
+        expected = [tar_at_far(column[rows], same[rows], far).accuracy for column in columns]
+        assert shares == pytest.approx(expected)
+
+
+def test_intervals_of_shares_at_a_false_accept_rate_hold_the_truth():
+    gap, far, held = 2.0, 0.05, 0
+    truth = stats.norm.sf(stats.norm.isf(far) - gap)
+    for seed in range(60):
+        scores, same, fold = drawn(seed, 800, gap)
+        draws = tar_bootstrap([scores], same, 2 * fold + same, far, seed, 400)[:, 0]
+        low, high = np.quantile(draws, [0.025, 0.975])
+        held += low <= truth <= high
+    assert held >= 52  # of 60; less has a chance of a hundredth where 95 % hold it
 
 
 def test_ten_folds_by_hand():

@@ -44,6 +44,13 @@ def test_the_heat_map_has_a_column_a_scenario():
     assert not report.heat_map(content("fog")).get_supxlabel()
 
 
+def test_a_dollar_in_a_models_name_is_no_formula(tmp_path):
+    shown = content("fog")
+    shown["metrics"] = {"m$v_$": shown["metrics"]["m"]}
+    for number, figure in enumerate((report.heat_map(shown), report.curves(shown))):
+        figure.savefig(tmp_path / f"{number}.png")
+
+
 def test_curves_are_those_of_the_thirty():
     assert report.curves(content("extensions")) is None
     assert len(report.curves(content("fog", "extensions")).axes) == 1

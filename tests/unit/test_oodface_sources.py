@@ -154,6 +154,20 @@ def test_parquet_as_the_hub_has_it(tmp_path):
         assert (pixels == PIXELS + number).all()
 
 
+def test_a_column_of_lists_and_strange_metadata_name_nobody(tmp_path):
+    table = pa.table({"face": [encoded(PIXELS)] * 2, "label": [[1, 2], [3]]})
+    for number, about in enumerate((b"[]", b"{", b'{"info": {"features": null}}')):
+        pq.write_table(table.replace_schema_metadata({b"huggingface": about}), tmp_path / f"{number}.parquet")
+    rows = list(sources.find("parquet", str(tmp_path), tmp_path))
+    assert [row.identity for row in rows] == [None] * 6
+
+
+def test_two_names_of_one_file_are_not_both_taken(tmp_path):
+    pq.write_table(pa.table({"face": [encoded(PIXELS)] * 3, "image_id": ["a", "./a", "b//c"]}), tmp_path / "f.parquet")
+    problems = [row.problem for row in sources.find("parquet", str(tmp_path), tmp_path)]
+    assert problems == [None, "is called './a', which no folder can hold", "is called 'b//c', which no folder can hold"]
+
+
 def test_parquet_with_plain_bytes_in_a_folder(tmp_path):
     for part in ("a", "b"):
         table = pa.table({"face": [encoded(PIXELS)] * 2 + [None], "name": ["ann", None, "bob"]})

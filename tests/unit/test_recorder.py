@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray.train
 from safetensors import SafetensorError
 from transformers import TrainerControl, TrainerState
 
@@ -55,6 +56,22 @@ def test_no_checkpoint_is_saved_of_the_last_step(tmp_path, step, saves):
     control = TrainerControl(should_save=True)
     callback.on_step_end(None, TrainerState(global_step=step, max_steps=5), control)
     assert control.should_save == saves
+
+
+def test_a_checkpoint_holds_the_random_states_of_every_rank(tmp_path, monkeypatch):
+    saved = tmp_path / "checkpoint-4"
+    saved.mkdir()
+    (saved / "rng_state_0.pth").write_bytes(b"mine")
+    monkeypatch.setattr(training, "gathered", lambda mine: [mine, {"rng_state_1.pth": b"another's"}])
+    reported = []
+    monkeypatch.setattr(ray.train, "report", lambda figures, checkpoint: reported.append((figures, checkpoint.path)))
+    callback = training.CheckpointCallback(Recorder("rebo", tmp_path, 5))
+    callback.on_save(SimpleNamespace(output_dir=str(tmp_path)), TrainerState(global_step=4), TrainerControl())
+    assert reported == [({"step": 4}, str(saved))]
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == {
+        "rng_state_0.pth": b"mine",
+        "rng_state_1.pth": b"another's",
+    }
 
 
 def test_the_trainers_own_files_lie_with_the_results_and_go(tmp_path):

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
+from cluster.errors import JobFailure
 from cluster.report import read_json
-from cluster.runs import STATE, Run
+from cluster.runs import STATE, Run, publish
 
 
 @pytest.fixture
@@ -49,3 +50,25 @@ def test_a_mistake_in_the_first_phase_leaves_no_folder(run):
     with pytest.raises(RuntimeError):
         spend(run, 0.0, fails=True)
     assert not run.folder.exists()
+
+
+def test_a_report_is_there_once_the_tracking_server_has_it(tmp_path):
+    sent = []
+
+    class Tracker:
+        fails = True
+
+        def artifact(self, path):
+            if self.fails:
+                raise JobFailure("no room there")
+            sent.append((path.name, read_json(path)))
+
+    tracker = Tracker()
+    with pytest.raises(JobFailure, match="no room there"):
+        publish({"a": 1}, tmp_path, tracker)
+    assert not list(tmp_path.iterdir())
+    tracker.fails = False
+    assert publish({"a": 1}, tmp_path, tracker) == tmp_path / "report.json"
+    assert sent == [("report.json", {"a": 1})]
+    assert list(tmp_path.iterdir()) == [tmp_path / "report.json"]
+    assert read_json(tmp_path / "report.json") == {"a": 1}

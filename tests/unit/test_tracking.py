@@ -2,6 +2,7 @@ import http.server
 import json
 import logging
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from cluster import tracking_store
 from cluster.errors import JobFailure, UserError
 from cluster.processes import birth
-from cluster.tracking import Tracker, commit, default_uri, flattened, git_commit, masked, submission_id
+from cluster.tracking import Tracker, commit, default_uri, flattened, git_commit, masked, masked_command, submission_id
 
 CONFIG = {
     "rule": {
@@ -77,6 +78,17 @@ def test_secrets_are_masked_and_numbers_are_not():
     }
     assert masked({"max_new_tokens": 16, "tokenizer": "smollm2"}) == {"max_new_tokens": 16, "tokenizer": "smollm2"}
     assert masked({"uri": "http://me:pw@host/a"}) == {"uri": "http://***@host/a"}
+
+
+def test_a_command_line_tells_no_secret():
+    models = "oodface.evaluate.models=[{name: m, options: {hf_token: abc, width: 2}}]"
+    given = ["run", "--set", models, "--set=tracking.uri=http://me:p@ss@host/a", "--set", "a.b=1"]
+    told = masked_command(shlex.join(given))
+    assert "abc" not in told
+    assert "ss@host" not in told
+    parts = shlex.split(told)
+    assert parts[2] == 'oodface.evaluate.models=[{"name": "m", "options": {"hf_token": "***", "width": 2}}]'
+    assert parts[3:] == ["--set=tracking.uri=http://***@host/a", "--set", "a.b=1"]
 
 
 def test_flattened_names_values_by_dotted_keys():

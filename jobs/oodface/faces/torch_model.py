@@ -123,7 +123,9 @@ def _made(factory: str, options: Mapping[str, Any], path: Path) -> tuple[nn.Modu
     try:
         module = make(**options)
     except Exception as error:  # foreign code fails with whatever comes up
-        raise UserError(f"{factory} cannot be called with options {dict(options)} ({reason(error)})") from None
+        from cluster.tracking import masked
+
+        raise UserError(f"{factory} cannot be called with options {masked(dict(options))} ({reason(error)})") from None
     if not isinstance(module, nn.Module):
         raise UserError(f"{factory} makes a {type(module).__name__}; name one that makes a torch.nn.Module")
     module = module.to("cpu", torch.float32)  # wherever and whatever its factory likes; `to` decides
