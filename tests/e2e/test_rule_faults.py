@@ -56,59 +56,26 @@ def kill_worker(running: Running, storage: Path, stage: str, after: int) -> int:
     [victim] = running.training_workers()
     victim.kill()
     victim.wait(30)
-    reached = lowest = last_step(storage, stage)
+    lowest = last_step(storage, stage)
 
     def went_on() -> bool:
         nonlocal lowest
         lowest = min(lowest, last_step(storage, stage))
-        return lowest < reached and last_step(storage, stage) > lowest
+        return last_step(storage, stage) > lowest
 
     wait(went_on, f"{stage} to go on after its worker died", 200)
     return lowest
 
 
 @dataclass(frozen=True)
-class Survivor:
-    """A run that lost its worker in both stages."""
+class Restarted:
+    """One command three times: ended by Ctrl-C, by SIGKILL to the driver in stage 2, by itself.
+
+    The first lost its worker in stage 1 before that, the third in stage 2.
+    """
 
     storage: Path
     resumed_from: dict[str, int]
-    process: subprocess.CompletedProcess
-
-
-@pytest.fixture(scope="module")
-def survivor(world, tmp_path_factory) -> Survivor:
-    storage = tmp_path_factory.mktemp("survivor")
-    running = commands.start_rule(storage, "run", *commands.settings(world, SAVING_EACH_STEP))
-    try:
-        resumed_from = {stage: kill_worker(running, storage, stage, 5) for stage in STAGES}
-        return Survivor(storage, resumed_from, running.finish())
-    finally:
-        running.kill()
-
-
-@pytest.mark.slow
-def test_a_killed_worker_costs_a_few_steps_and_nothing_else(survivor, finished):
-    assert survivor.process.returncode == 0, survivor.process.stderr[-4000:]
-    for stage in STAGES:
-        assert survivor.resumed_from[stage] >= 3, f"{stage} did not start from its newest checkpoint"
-    assert_same_trajectory(survivor.storage, finished.storage)
-
-
-@pytest.mark.slow
-def test_a_killed_worker_leaves_each_step_once_in_mlflow(survivor):
-    client, run = mlflow_run(survivor.storage)
-    assert run.info.status == "FINISHED"
-    for stage in STAGES:
-        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, f"{stage}/loss")]
-        assert steps == [row["step"] for row in history(survivor.storage, stage)]
-
-
-@dataclass(frozen=True)
-class Restarted:
-    """One command three times: ended by Ctrl-C in stage 1, by SIGKILL to the driver in stage 2, by itself."""
-
-    storage: Path
     interrupted: subprocess.CompletedProcess
     status_after_interrupt: str
     left_after_interrupt: list[str]
@@ -124,9 +91,10 @@ def restarted(world, tmp_path_factory) -> Restarted:
     storage = tmp_path_factory.mktemp("restarted")
     command = ["run", *commands.settings(world, SAVING_EACH_STEP)]
     started: list[Running] = []
+    resumed_from: dict[str, int] = {}
     try:
         started.append(commands.start_rule(storage, *command))
-        wait(lambda: last_step(storage, "steering") >= 4, "stage 1", 200)
+        resumed_from["steering"] = kill_worker(started[0], storage, "steering", 5)
         below = started[0].descendants()
         started[0].interrupt()
         interrupted = started[0].finish(90)
@@ -149,12 +117,14 @@ def restarted(world, tmp_path_factory) -> Restarted:
             return last_step(storage, "rebo") > lowest
 
         wait(went_on, "stage 2 to go on under a new driver", 200)
+        resumed_from["rebo"] = kill_worker(started[2], storage, "rebo", reached + 2)
         process = started[2].finish()
         # Ray's agents notice within a minute that their raylet is gone; the third run lasted about as long.
         left_after_kill = remaining(below)
         run_ids.append(mlflow_run(storage)[1].info.run_id)
         return Restarted(
             storage,
+            resumed_from,
             interrupted,
             info.status,
             left_after_interrupt,
@@ -191,16 +161,24 @@ def test_a_killed_driver_takes_its_ray_with_it(restarted):
 
 
 @pytest.mark.slow
-def test_the_same_command_continues_after_ctrl_c_and_a_killed_driver(restarted, finished):
+def test_a_killed_worker_costs_a_few_steps(restarted):
+    assert restarted.resumed_from["steering"] >= 3, "stage 1 did not start from its newest checkpoint"
+    assert restarted.resumed_from["rebo"] >= restarted.step_at_kill, "stage 2 did not start from its newest checkpoint"
+
+
+@pytest.mark.slow
+def test_the_same_command_continues_after_all_that_and_nothing_is_lost(restarted, finished):
     assert restarted.process.returncode == 0, restarted.process.stderr[-4000:]
     assert restarted.step_at_kill - 3 <= restarted.lowest_step <= restarted.step_at_kill
     assert len(set(restarted.run_ids)) == 1
     assert_same_trajectory(restarted.storage, finished.storage)
     client, run = mlflow_run(restarted.storage)
     assert run.info.status == "FINISHED"
-    for name in ("steering/loss", "rebo/reward"):
-        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, name))
-        assert set(steps.values()) == {1}
+    for stage in STAGES:
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, f"{stage}/loss")]
+        assert steps == [row["step"] for row in history(restarted.storage, stage)]
+    rewards = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, "rebo/reward"))
+    assert set(rewards.values()) == {1}
 
 
 def broken_data(world, folder: Path, name: str, change) -> Path:
