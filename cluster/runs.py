@@ -17,6 +17,7 @@ from cluster.tracking import Tracker, commit, default_uri, masked, masked_comman
 from cluster.tracking_store import without_credentials
 
 STATE, REPORT = "state.json", "report.json"
+UNPUBLISHED = ".report-"
 
 
 class Run:
@@ -122,7 +123,9 @@ def tracked(
 
 def publish(content: Mapping[str, Any], folder: Path, tracker: Tracker) -> Path:
     """Puts report.json into a run's folder, where it says that the run is finished: once the tracking server has it."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as place:
+    for leftover in folder.glob(f"{UNPUBLISHED}*"):  # of a driver that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=UNPUBLISHED) as place:
         path = write_json(content, Path(place) / REPORT)
         tracker.artifact(path)
         os.replace(path, folder / REPORT)

@@ -68,6 +68,7 @@ def test_a_report_is_there_once_the_tracking_server_has_it(tmp_path):
         publish({"a": 1}, tmp_path, tracker)
     assert not list(tmp_path.iterdir())
     tracker.fails = False
+    (tmp_path / ".report-of-a-killed-driver").mkdir()
     assert publish({"a": 1}, tmp_path, tracker) == tmp_path / "report.json"
     assert sent == [("report.json", {"a": 1})]
     assert list(tmp_path.iterdir()) == [tmp_path / "report.json"]
