@@ -82,7 +82,7 @@ def connected(config: Config) -> Iterator[None]:
     with _folder(config, address) as folder:
         if address is None:
             # Nobody takes back a node of this Ray; the actor that would look out for it takes seconds of every stage.
-            environment[PREEMPTION] = os.environ[PREEMPTION] = "0"
+            environment[PREEMPTION] = "0"
             cpus = config.cluster.num_cpus or max(joblib.cpu_count(), demanded)  # a container's limit counts
             options |= {"num_cpus": cpus, "_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1"}
             # The usual port is left to `make up`; without a dashboard Ray Tune would hang.

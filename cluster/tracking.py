@@ -99,13 +99,15 @@ def masked_command(command: str) -> str:
 
 
 def _masked_assignment(text: str) -> str:
-    key, equals, value = text.partition("=")
+    key, _, value = text.partition("=")
     try:
         told = yaml.safe_load(value)
     except yaml.YAMLError:
         told = value
     shown = masked(told, key)
-    return text if shown == told else f"{key}{equals}{shown if isinstance(shown, str) else json.dumps(shown)}"
+    if shown == told:
+        return text
+    return f"{key}={shown if isinstance(shown, str) else json.dumps(shown, default=str)}"
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -139,7 +139,9 @@ def parquet(root: Path, work: Path | None = None) -> Iterator[Located]:
             for row, (own, person) in enumerate((table if part == path else Table(part)).labels()):
                 number = next(numbers)
                 image_id = f"{stem}/{number:06d}" if own is None else without_suffix(own)
-                problem = None if stays_inside(image_id) else f"is called {image_id!r}, which no folder can hold"
+                problem = (
+                    None if stays_inside(image_id) else f"is called {image_id!r}, which is no plain path below a folder"
+                )
                 yield Located(image_id, person, str(part), row, found.st_size, found.st_mtime_ns, problem)
 
 

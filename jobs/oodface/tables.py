@@ -78,8 +78,7 @@ class Table:
         from pyarrow import types
 
         schema = self.file.schema_arrow
-        one = (types.is_string, types.is_large_string, types.is_integer, types.is_boolean)  # a row's lists name nobody
-        named = {field.name for field in schema if any(fits(field.type) for fits in one)}
+        named = {field.name for field in schema if not types.is_nested(field.type)}  # a row's list names nobody
         identity = next((name for name in IDENTITY_COLUMNS if name in named), None)
         classes = _class_names(schema, identity)
         columns = [name for name in (identity, "image_id", f"{self.column}.path") if name]

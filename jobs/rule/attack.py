@@ -34,7 +34,7 @@ from jobs.rule.attacks import (
     recalls,
     ways,
 )
-from jobs.rule.config import Rule, RuleConfig, Steering
+from jobs.rule.config import MOST, Rule, RuleConfig, Steering
 from jobs.rule.data import Probe, Refusal, data_folder
 from jobs.rule.in_context import in_form
 from jobs.rule.pareto import fact_interval, paired_difference
@@ -330,7 +330,7 @@ def _relearned(
         batch_size=workers * max(1, min(len(lessons), 8) // workers),
         warmup_steps=0,
         schedule="constant",
-        max_tokens=rule.steering.max_tokens,
+        max_tokens=MOST,  # asked as they are, lessons fit the context
     )
     task = SteeringTask(
         path,

@@ -162,10 +162,18 @@ def test_a_column_of_lists_and_strange_metadata_name_nobody(tmp_path):
     assert [row.identity for row in rows] == [None] * 6
 
 
+def test_a_column_of_categories_names_people(tmp_path):
+    names = pa.array(["ann", "bob"]).dictionary_encode()
+    pq.write_table(pa.table({"face": [encoded(PIXELS)] * 2, "name": names}), tmp_path / "f.parquet")
+    rows = list(sources.find("parquet", str(tmp_path), tmp_path))
+    assert [row.identity for row in rows] == ["ann", "bob"]
+
+
 def test_two_names_of_one_file_are_not_both_taken(tmp_path):
     pq.write_table(pa.table({"face": [encoded(PIXELS)] * 3, "image_id": ["a", "./a", "b//c"]}), tmp_path / "f.parquet")
     problems = [row.problem for row in sources.find("parquet", str(tmp_path), tmp_path)]
-    assert problems == [None, "is called './a', which no folder can hold", "is called 'b//c', which no folder can hold"]
+    told = "which is no plain path below a folder"
+    assert problems == [None, f"is called './a', {told}", f"is called 'b//c', {told}"]
 
 
 def test_parquet_with_plain_bytes_in_a_folder(tmp_path):

@@ -81,13 +81,13 @@ def test_secrets_are_masked_and_numbers_are_not():
 
 
 def test_a_command_line_tells_no_secret():
-    models = "oodface.evaluate.models=[{name: m, options: {hf_token: abc, width: 2}}]"
+    models = "oodface.evaluate.models=[{name: m, options: {hf_token: abc, since: 2026-01-02}}]"
     given = ["run", "--set", models, "--set=tracking.uri=http://me:p@ss@host/a", "--set", "a.b=1"]
     told = masked_command(shlex.join(given))
     assert "abc" not in told
     assert "ss@host" not in told
     parts = shlex.split(told)
-    assert parts[2] == 'oodface.evaluate.models=[{"name": "m", "options": {"hf_token": "***", "width": 2}}]'
+    assert parts[2] == 'oodface.evaluate.models=[{"name": "m", "options": {"hf_token": "***", "since": "2026-01-02"}}]'
     assert parts[3:] == ["--set=tracking.uri=http://***@host/a", "--set", "a.b=1"]
 
 
