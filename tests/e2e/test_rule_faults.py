@@ -51,9 +51,13 @@ def mlflow_run(storage: Path):
 
 
 def kill_worker(running: Running, storage: Path, stage: str, after: int) -> int:
-    """SIGKILL to the training worker once a step is recorded; the step from which training then went on."""
-    wait(lambda: last_step(storage, stage) >= after, f"step {after} of {stage}", 200)
+    """SIGKILL to the training worker once a step is recorded; the step from which training then went on.
+
+    The worker is looked up before: on a busy machine that takes as long as many a step.
+    """
+    wait(lambda: last_step(storage, stage) > 0, f"{stage} to start", 200)
     [victim] = running.training_workers()
+    wait(lambda: last_step(storage, stage) >= after, f"step {after} of {stage}", 200)
     victim.kill()
     victim.wait(30)
     lowest = last_step(storage, stage)
@@ -80,7 +84,7 @@ class Restarted:
     status_after_interrupt: str
     left_after_interrupt: list[str]
     left_after_kill: list[str]
-    step_at_kill: int
+    step_at_kill: int  # with those that the killed driver's worker still made
     lowest_step: int
     run_ids: list[str]
     process: subprocess.CompletedProcess
@@ -102,10 +106,14 @@ def restarted(world, tmp_path_factory) -> Restarted:
         info = mlflow_run(storage)[1].info
 
         started.append(commands.start_rule(storage, *command))
-        wait(lambda: last_step(storage, "rebo") >= 6, "stage 2", 200)
+        wait(lambda: last_step(storage, "rebo") > 0, "stage 2", 200)
         below = started[1].descendants()
+        [orphan] = started[1].training_workers()
+        wait(lambda: last_step(storage, "rebo") >= 3, "step 3 of stage 2", 200)
         os.kill(started[1].process.pid, signal.SIGKILL)
         started[1].process.wait(30)
+        # Its worker trains on until its Ray is gone, a few steps.
+        wait(lambda: not alive([orphan]), "the killed driver's worker to end", 60)
         reached = lowest = last_step(storage, "rebo")
         run_ids = [info.run_id, mlflow_run(storage)[1].info.run_id]
 
@@ -117,7 +125,7 @@ def restarted(world, tmp_path_factory) -> Restarted:
             return last_step(storage, "rebo") > lowest
 
         wait(went_on, "stage 2 to go on under a new driver", 200)
-        resumed_from["rebo"] = kill_worker(started[2], storage, "rebo", reached + 2)
+        resumed_from["rebo"] = kill_worker(started[2], storage, "rebo", reached + 1)
         process = started[2].finish()
         # Ray's agents notice within a minute that their raylet is gone; the third run lasted about as long.
         left_after_kill = remaining(below)
