@@ -51,10 +51,7 @@ def mlflow_run(storage: Path):
 
 
 def kill_worker(running: Running, storage: Path, stage: str, after: int) -> int:
-    """SIGKILL to the training worker once a step is recorded; the step from which training then went on.
-
-    The worker is looked up before: on a busy machine that takes as long as many a step.
-    """
+    """SIGKILL to the training worker once a step is recorded; the step from which training then went on."""
     wait(lambda: last_step(storage, stage) > 0, f"{stage} to start", 200)
     [victim] = running.training_workers()
     wait(lambda: last_step(storage, stage) >= after, f"step {after} of {stage}", 200)
