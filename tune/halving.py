@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from tune.front import Point, hypervolume, nondominated
+from jobs.scoring.front import Point, hypervolume, nondominated
 
 
 def ranked(points: Sequence[Point], count: int) -> list[int]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from tune.front import hypervolume, hypervolumes, nondominated
+from jobs.scoring.front import hypervolume, hypervolumes, nondominated
 from tune.search import COMPLETE, FAILED, STOPPED, Plan, Record
 from tune.space import distributions
 

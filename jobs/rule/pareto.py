@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from cluster.report import Metric
+from jobs.scoring.front import hypervolume, nondominated
 from jobs.scoring.intervals import mean_interval, share_interval
 
 LEAST_FACTS = 10  # intervals of a bootstrap over fewer groups are too narrow to decide anything
@@ -20,11 +21,8 @@ class Point:
 
 def front(points: Sequence[Point]) -> list[Point]:
     """The points that none dominates, by rising `forgotten`; of equal ones the first."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (-p.forgotten, -p.retained)):
-        if not kept or point.retained > kept[-1].retained:
-            kept.append(point)
-    return kept[::-1]
+    kept = nondominated([(point.forgotten, point.retained) for point in points])
+    return sorted((points[index] for index in kept), key=lambda point: point.forgotten)
 
 
 def area(points: Sequence[Point], floor: float = 0.0) -> float:
@@ -32,11 +30,7 @@ def area(points: Sequence[Point], floor: float = 0.0) -> float:
 
     RULE's figure gives such an area for each r (trade-off figure); how it was measured is not published, this is ours.
     """
-    total, reached = 0.0, 0.0
-    for point in front([point for point in points if point.retained >= floor]):
-        total += (point.forgotten - reached) * point.retained
-        reached = point.forgotten
-    return total
+    return hypervolume([(point.forgotten, point.retained) for point in points if point.retained >= floor])
 
 
 def fact_interval(values: Sequence[float], seed: int, facts: Sequence[Hashable]) -> Metric:

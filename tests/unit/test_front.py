@@ -1,4 +1,4 @@
-"""Fronts and hypervolumes by hand, against the two-dimensional area, and by counting random points."""
+"""Fronts and hypervolumes by hand and by counting random points."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.rule import pareto
-from tune.front import hypervolume, hypervolumes, nondominated
+from jobs.scoring.front import hypervolume, hypervolumes, nondominated
 
 levels = st.integers(0, 6).map(lambda level: level / 6)
 pairs = st.lists(st.tuples(levels, levels), max_size=10)
@@ -22,12 +21,6 @@ def test_by_hand():
     assert hypervolumes([points[:1], points[1:2]]) == pytest.approx([0.18, 0.42])
     assert hypervolume([(1, 1, 0.5), (0.5, 0.5, 1)]) == pytest.approx(0.5 + 0.5 * 0.25)
     assert hypervolume([]) == hypervolume([(0.5, 0.0)]) == hypervolume([(0.5, -1.0)]) == 0
-
-
-@given(pairs)
-def test_two_objectives_are_the_area_under_the_front(points):
-    named = [pareto.Point("", *point) for point in points]
-    assert hypervolume(points) == pytest.approx(pareto.area(named))
 
 
 @given(pairs)
