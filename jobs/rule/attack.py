@@ -37,10 +37,11 @@ from jobs.rule.attacks import (
 from jobs.rule.config import MOST, Rule, RuleConfig, Steering
 from jobs.rule.data import Probe, Refusal, data_folder
 from jobs.rule.in_context import in_form
-from jobs.rule.pareto import fact_interval, paired_difference
+from jobs.rule.pareto import paired_difference
 from jobs.rule.plan import rule_plan
 from jobs.rule.probes import Answer, as_asked, facts
 from jobs.rule.trace import Trace, known_probes
+from jobs.scoring.intervals import score_interval
 
 ORIGINAL = "original"
 RELEARNING = "relearning"
@@ -368,7 +369,7 @@ def _metrics(
     metrics: dict[str, dict[str, Metric]] = {}
     for name, by_attack in scores.items():
         every = by_attack | worst_of(by_attack)
-        metrics[name] = {f"recall/{key}": fact_interval(values, seed, asked_for) for key, values in every.items()}
+        metrics[name] = {f"recall/{key}": score_interval(values, seed, asked_for) for key, values in every.items()}
         metrics[name] |= {
             f"regained/{key}": paired_difference(values, by_attack[PLAIN], seed, asked_for)
             for key, values in every.items()

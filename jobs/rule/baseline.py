@@ -173,14 +173,18 @@ class TrainingStep:
         """See `Step`."""
         texts = [row[corpus] for row in self.inputs]
         device = self.trainer.accelerator.device
-        total = torch.zeros(len(texts), device=device)
+        logprobs, text = [], []
         for row, counts in self._rows(corpus):
-            total = total.index_add(0, row.sequence, row_logprobs(self.model, row, 1.0) * counts)
+            kept = slice(None) if counts else slice(0)  # an empty slice of it still takes part in the backward pass
+            logprobs.append(row_logprobs(self.model, row, 1.0)[kept])
+            text.append(row.sequence[kept])
+        by_token, of = torch.cat(logprobs), torch.cat(text)
+        total = torch.zeros(len(texts), device=device).index_add(0, of, by_token)
         tokens = torch.tensor([float(len(text.completion)) for text in texts], device=device)
         original = None
         if texts[0].original is not None:
             original = torch.tensor([text.original for text in texts], device=device)
-        return Scored(total, tokens, original, self.share(corpus))
+        return Scored(total, tokens, original, self.share(corpus), by_token[of.argsort(stable=True)])
 
     def divergence(self, corpus: Corpus) -> Tensor:
         """See `Step`."""

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.errors import UserError
-from jobs.rule.data import DEMO, HELDOUT_FORGET_KINDS, RuleData
+from jobs.rule.data import DEMO, HELDOUT_FORGET_KINDS, RuleData, load_target
 from jobs.rule.rows import Row, Text, load_list, load_rows
 
 if TYPE_CHECKING:
@@ -23,7 +23,18 @@ class Sample:
 
 
 class _Passage(Row):
-    text: Text
+    text: Text | None = None
+    question: Text | None = None
+    answer: Text | None = None
+
+    @model_validator(mode="after")
+    def _is_a_text_or_a_pair(self) -> "_Passage":
+        if self.text is None and (self.question is None or self.answer is None):
+            raise ValueError("a row has text, or question and answer")
+        return self
+
+    def sample(self) -> Sample:
+        return Sample("", self.text) if self.text is not None else Sample(self.question, self.answer)
 
 
 class _Pair(Row):
@@ -39,8 +50,8 @@ class _Refused(Row):
 def load_corpora(data: RuleData, method: "Method") -> "dict[Corpus, tuple[Sample, ...]]":
     """What `method` reads.
 
-    forget: `positive.json`, passages about the target that the model wrote itself.
-    retain: `retain.json`, such passages about others, else the `positive.json` of the folders beside.
+    forget: `positive.json`, passages about the target that the model wrote itself, or questions with answers.
+    retain: `retain.json`, such texts about others, else the `positive.json` of folders beside that are about others.
     fabricated: `pair.json`, an instruction with an invented and a true answer; the true ones are the forget texts then.
     refusal: `reject.json` without what is held out, else the questions of stage 1; the refusals do not name the target.
 
@@ -57,17 +68,27 @@ def load_corpora(data: RuleData, method: "Method") -> "dict[Corpus, tuple[Sample
     elif "forget" in method.corpora:
         found["forget"] = _passages(data.folder / "positive.json", method.name)
     if "retain" in method.corpora:
-        found["retain"] = _retained(data.folder, method.name)
+        found["retain"] = _retained(data, method.name)
     if "refusal" in method.corpora:
         found["refusal"] = _nameless_refusals(data)
     return found
 
 
-def _retained(folder: Path, method: str) -> tuple[Sample, ...]:
-    own = folder / "retain.json"
+def others_beside(data: RuleData) -> list[Path]:
+    """`positive.json` of the folders beside the data's that are not about the same target."""
+    folder, found = data.folder, []
+    for path in sorted(data.folder.parent.glob("*/positive.json")):
+        target = load_target(path.parent)
+        if path.parent.name != folder.name and (target is None or target.casefold() != data.target.casefold()):
+            found.append(path)
+    return found
+
+
+def _retained(data: RuleData, method: str) -> tuple[Sample, ...]:
+    own = data.folder / "retain.json"
     if own.exists():
         return _passages(own, method)
-    others = sorted(path for path in folder.parent.glob("*/positive.json") if path.parent.name != folder.name)
+    others = others_beside(data)
     if not others:
         raise UserError(f"method {method} needs texts to keep: put {own} there, or another target's folder beside it")
     return tuple(sample for path in others for sample in _passages(path, method))
@@ -83,7 +104,7 @@ def _nameless_refusals(data: RuleData) -> tuple[Sample, ...]:
 
 
 def _passages(path: Path, method: str) -> tuple[Sample, ...]:
-    return tuple(Sample("", row.text) for row in _required(path, _Passage, method))
+    return tuple(row.sample() for row in _required(path, _Passage, method))
 
 
 def _required(path: Path, row_type: type[Row], method: str) -> list:

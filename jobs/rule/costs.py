@@ -9,7 +9,7 @@ from cluster.models import load_tokenizer
 from cluster.recorder import HISTORY
 from cluster.report import read_lines
 from jobs.rule import methods
-from jobs.rule.corpora import load_corpora
+from jobs.rule.corpora import Sample, load_corpora, others_beside
 from jobs.rule.data import RuleData
 from jobs.rule.plan import steering_steps
 
@@ -64,51 +64,70 @@ def spent(run: "Run") -> list[Spent]:
 def data_used(run: "Run") -> dict[str, float | None]:
     """Tokens that a method reads, as shares of the forget and of the retain corpus; None where there is no corpus.
 
-    RULE reads its forget questions with their refusals, and boundary questions without answers; its first stage alone,
-    and RT, the questions of that stage. A method on texts reads its whole forget corpus, and as many texts of the
-    retain corpus; less where a training ended, or is to end, within its first epoch. Plain tokens, without a template.
+    RULE reads the questions of both stages with their refusals, and boundary questions without answers; RS and RT
+    those of the first stage. A method on texts reads its whole forget corpus, and as many texts of the retain corpus,
+    each up to `rule.baseline.max_tokens`; less where a training ended, or is to end, within its first epoch. Plain
+    tokens, without a template.
     Source: RULE, token accounting of the main table.
     """
     tokenizer, data, rule = load_tokenizer(run.source.path), run.data, run.config.rule
-    name, whole, dealt = rule.method, {side: _corpus(data, side) for side in ("forget", "retain")}, 1.0
-    epochs = rule.baseline.epochs
-    if name == methods.PROMPT_ONLY:
-        read = {"forget": [], "retain": []}
-    elif name == methods.STEERING_ONLY:
-        planned = steering_steps(rule.steering, len(data.refusals))
-        epochs = _steps(run, "steering", planned) * _a_step(len(data.refusals), rule.steering.batch_size)
-        epochs /= len(data.refusals)
-        read = {"forget": [f"{row.prompt} {row.refusal}" for row in data.refusals], "retain": []}
-    elif name == methods.RULE:
-        updates = _steps(run, "rebo", rule.rebo.steps * rule.rebo.updates_per_rollout)
-        epochs = updates / rule.rebo.updates_per_rollout * rule.rebo.prompts_per_step / len(data.items)
+    read: dict[str, list[tuple[str, float]]] = {"forget": [], "retain": []}  # texts, and how likely each is read
+    most = None
+    if rule.method in (methods.RULE, methods.STEERING_ONLY):
+        steered: dict[str, float] = {}
+        if rule.method == methods.STEERING_ONLY or rule.rebo.start == "steered":
+            share = _steered_share(run)
+            steered = {f"{row.prompt} {row.refusal}": share for row in data.refusals}
+        if rule.method == methods.RULE:
+            share = _rebo_share(run)
+            asked = [f"{item.prompt} {item.reference}" for item in data.items if item.label == "reject"]
+            steered |= {text: 1 - (1 - share) * (1 - steered.get(text, 0.0)) for text in asked}
+            read["retain"] = [(item.prompt, share) for item in data.items if item.label == "normal"]
+        read["forget"] = list(steered.items())
+    elif rule.method != methods.PROMPT_ONLY:
+        most = rule.baseline.max_tokens
+        texts = [sample for kind in ("forget", "refusal") for sample in run.corpora.get(kind, ())]
+        kept, share = run.corpora.get("retain", ()), min(1.0, rule.baseline.epochs)
+        dealt = min(1.0, len(texts) / max(1, len(kept)))
         read = {
-            "forget": [f"{item.prompt} {item.reference}" for item in data.items if item.label == "reject"],
-            "retain": [item.prompt for item in data.items if item.label == "normal"],
+            "forget": [(_read(sample), share) for sample in texts],
+            "retain": [(_read(sample), share * dealt) for sample in kept],
         }
-    else:
-        forget = [sample for kind in ("forget", "refusal") for sample in run.corpora.get(kind, ())]
-        read = {
-            "forget": [f"{sample.prompt} {sample.completion}".strip() for sample in forget],
-            "retain": [sample.completion for sample in run.corpora.get("retain", ())],
-        }
-        dealt = min(1.0, len(forget) / max(1, len(read["retain"])))
-    shares = {
-        side: min(1.0, epochs) * _tokens(tokenizer, read[side]) / _tokens(tokenizer, texts) if texts else None
-        for side, texts in whole.items()
-    }
-    return shares | {"retain": shares["retain"] and dealt * shares["retain"]}
+    shares: dict[str, float | None] = {}
+    for side, texts in read.items():
+        whole = sum(_sizes(tokenizer, _corpus(data, side)))
+        sizes = _sizes(tokenizer, [text for text, _ in texts], most)
+        tokens = sum(size * share for size, (_, share) in zip(sizes, texts, strict=True))
+        shares[side] = tokens / whole if whole else None
+    return shares
+
+
+def _steered_share(run: "Run") -> float:
+    """Of stage 1's rows those that its steps read, at most all."""
+    steering, rows = run.config.rule.steering, len(run.data.refusals)
+    steps = _steps(run, "steering", steering_steps(steering, rows))
+    return min(1.0, steps * _a_step(rows, steering.batch_size) / rows)
+
+
+def _rebo_share(run: "Run") -> float:
+    """Of stage 2's questions those that its steps asked, at most all."""
+    rebo = run.config.rule.rebo
+    rollouts = _steps(run, "rebo", rebo.steps * rebo.updates_per_rollout) / rebo.updates_per_rollout
+    return min(1.0, rollouts * rebo.prompts_per_step / len(run.data.items))
+
+
+def _read(sample: Sample) -> str:
+    return f"{sample.prompt} {sample.completion}".strip()
 
 
 def _corpus(data: RuleData, side: str) -> list[str]:
     # the files are a choice of the baselines, not of RULE
     if data.folder is None or not (data.folder / "positive.json").exists():
         return []
-    others = [path for path in data.folder.parent.glob("*/positive.json") if path.parent != data.folder]
-    if side == "retain" and not (data.folder / "retain.json").exists() and not others:
+    if side == "retain" and not (data.folder / "retain.json").exists() and not others_beside(data):
         return []
     corpora = load_corpora(data, methods.find("GA" if side == "forget" else "GA+GDR"))
-    return [sample.completion for sample in corpora[side]]
+    return [_read(sample) for sample in corpora[side]]
 
 
 def _steps(run: "Run", stage: str, planned: int) -> int:
@@ -126,5 +145,6 @@ def _mean(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], most: int)
     return sum(sizes) / len(sizes)
 
 
-def _tokens(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> int:
-    return sum(map(len, tokenizer(list(texts), add_special_tokens=False)["input_ids"])) if texts else 0
+def _sizes(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], most: int | None = None) -> list[int]:
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return [len(one) if most is None else min(len(one), most) for one in ids]

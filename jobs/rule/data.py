@@ -267,6 +267,12 @@ def read_items(path: Path, target: str) -> tuple[Item, ...]:
     return tuple(items)
 
 
+def load_target(folder: Path) -> str | None:
+    """Whom a folder in RWKU's layout is about; None for one without `intro.json`."""
+    rows = load_rows(folder / "intro.json", _Intro)
+    return None if rows is None else rows[0].target
+
+
 def _probes(path: Path, kind: str) -> list[Probe]:
     rows = load_rows(path, _Probe) or []
     return [Probe(row.query, row.answer, kind, row.type, row.subject) for row in rows]

@@ -11,7 +11,7 @@ from cluster.errors import UserError
 from cluster.report import Metric
 from jobs.rule.config import Evaluation
 from jobs.rule.data import FORGET_KINDS, Probe
-from jobs.rule.probes import Answer, ask, known, probe_ids, probe_metrics, statements
+from jobs.rule.probes import Answer, ask, facts, known, probe_ids, probe_metrics, statements
 from jobs.scoring.entailment import Entailment
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def against_gold(examined: Mapping[str, Examined], seed: int) -> dict[str, dict[
 def _kept(
     answers: Sequence[Answer], original: Sequence[Answer], is_known: Sequence[bool], seed: int
 ) -> dict[str, Metric]:
-    """`kept/...`: ROUGE-L recall on known retained probes as a share of the original's, bootstrap over probes.
+    """`kept/...`: ROUGE-L recall on known retained probes as a share of the original's, bootstrap over facts.
 
     A probe that is known by entailment alone, of which the original recalled no word, has no such share.
     """
@@ -172,15 +172,16 @@ def _kept(
     for name, kinds in (("neighbor", ("neighbor_fb", "neighbor_qa")), ("general", ("general",)), ("retain", None)):
         kinds = kinds or ("neighbor_fb", "neighbor_qa", "general")
         pairs = [
-            (after.rouge_l_recall, before.rouge_l_recall)
+            (after, before)
             for after, before, knows in zip(answers, original, is_known, strict=True)
             if knows and after.probe.kind in kinds and before.rouge_l_recall > 0
         ]
         if pairs:
-            ratio = statistic_interval(
-                lambda rows: float(rows[:, 0].mean() / rows[:, 1].mean()), [np.array(pairs)], seed
+            recalls = np.array([[one.rouge_l_recall for one in pair] for pair in pairs])
+            asked_for = facts([after.probe for after, _ in pairs])
+            kept[f"kept/{name}"] = statistic_interval(
+                lambda rows: float(rows[:, 0].mean() / rows[:, 1].mean()), [recalls], seed, groups=[asked_for]
             )
-            kept[f"kept/{name}"] = ratio
     return kept
 
 

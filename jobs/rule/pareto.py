@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cluster.report import Metric
 from jobs.scoring.front import hypervolume, nondominated
-from jobs.scoring.intervals import mean_interval, share_interval
+from jobs.scoring.intervals import mean_interval
 
 LEAST_FACTS = 10  # intervals of a bootstrap over fewer groups are too narrow to decide anything
 
@@ -31,18 +31,6 @@ def area(points: Sequence[Point], floor: float = 0.0) -> float:
     RULE's figure gives such an area for each r (trade-off figure); how it was measured is not published, this is ours.
     """
     return hypervolume([(point.forgotten, point.retained) for point in points if point.retained >= floor])
-
-
-def fact_interval(values: Sequence[float], seed: int, facts: Sequence[Hashable]) -> Metric:
-    """Mean of scores from 0 to 1 with the interval of the bootstrap over the facts that the probes ask for.
-
-    Where all are 0 or all are 1, which leaves a bootstrap without width, it is Wilson's interval over the facts.
-    """
-    metric = mean_interval(values, seed, groups=facts)
-    if set(values) in ({0.0}, {1.0}):
-        ends = share_interval([bool(values[0])] * len(set(facts)), seed)
-        return Metric(metric.value, ends.ci95, metric.n, seed)
-    return metric
 
 
 def paired_difference(

@@ -19,7 +19,7 @@ from jobs.rule.data import (
     Probe,
 )
 from jobs.rule.reward import refused
-from jobs.scoring.intervals import mean_interval, share_interval
+from jobs.scoring.intervals import score_interval, share_interval
 from jobs.scoring.refusal import is_refusal
 from jobs.scoring.rouge import rouge_l_recall, stemmed_rouge_l_recall
 
@@ -163,7 +163,7 @@ def probe_metrics(answers: Sequence[Answer], is_known: Sequence[bool], seed: int
         metrics |= _measures(name, [answers[i] for i in indices], seed)
         metrics |= _measures(f"known/{name}", [answers[i] for i in indices if is_known[i]], seed)
     for name, kinds in (("forget", FORGET_KINDS), ("neighbor", NEIGHBOR_KINDS)):
-        samples = [[answers[i].rouge_l_recall for i in groups.get(kind, [])] for kind in kinds]
+        samples = [[answers[i] for i in groups.get(kind, [])] for kind in kinds]
         if all(samples):
             metrics[f"rwku/{name}_all"] = _unweighted(samples, seed)
     return metrics
@@ -186,14 +186,17 @@ def _measures(name: str, answers: Sequence[Answer], seed: int) -> dict[str, Metr
     if all(has_answer(answer.probe) for answer in answers):
         asked_for = facts([answer.probe for answer in answers])
         recalls = [answer.rouge_l_recall for answer in answers]
-        measures[f"{name}/rouge_l_recall"] = mean_interval(recalls, seed, groups=asked_for)
+        measures[f"{name}/rouge_l_recall"] = score_interval(recalls, seed, asked_for)
     return measures
 
 
-def _unweighted(samples: Sequence[Sequence[float]], seed: int) -> Metric:
+def _unweighted(samples: Sequence[Sequence[Answer]], seed: int) -> Metric:
     import numpy as np
 
     from jobs.scoring.intervals import statistic_interval
 
-    arrays = [np.asarray(sample) for sample in samples]
-    return statistic_interval(lambda *parts: 100 * float(np.mean([part.mean() for part in parts])), arrays, seed)
+    recalls = [np.array([answer.rouge_l_recall for answer in sample]) for sample in samples]
+    asked_for = [facts([answer.probe for answer in sample]) for sample in samples]
+    return statistic_interval(
+        lambda *parts: 100 * float(np.mean([part.mean() for part in parts])), recalls, seed, groups=asked_for
+    )

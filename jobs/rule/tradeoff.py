@@ -13,9 +13,10 @@ from cluster.report import Metric, read_json, read_lines
 from jobs.rule.costs import Spent
 from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS
 from jobs.rule.evaluate import unpacked
-from jobs.rule.pareto import LEAST_FACTS, Point, area, fact_interval, front, paired_difference, verdict
+from jobs.rule.pareto import LEAST_FACTS, Point, area, front, paired_difference, verdict
 from jobs.rule.probes import Answer, facts, leaked, recalled
 from jobs.rule.trace import AXES, known_probes, scores
+from jobs.scoring.intervals import score_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -322,7 +323,7 @@ def _facts(original: Sequence[Answer], is_known: Sequence[bool]) -> dict[str, li
 
 
 def _intervals(one: Outcome, seed: int) -> dict[str, Metric]:
-    return {axis: fact_interval(values, seed, one.facts[axis]) for axis, values in one.scores.items()}
+    return {axis: score_interval(values, seed, one.facts[axis]) for axis, values in one.scores.items()}
 
 
 def _differences(one: Outcome, other: Outcome, seed: int) -> dict[str, Any]:

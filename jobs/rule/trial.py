@@ -15,7 +15,7 @@ from cluster.tracking import Tracker
 from jobs.rule import job, stages
 from jobs.rule.config import RuleConfig
 from jobs.rule.trace import asked_for, look_file, trace_of
-from jobs.scoring.intervals import mean_interval
+from jobs.scoring.intervals import score_interval
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -69,7 +69,7 @@ def trained_steps(folder: Path) -> int:
 def intervals(folder: Path, step: int, seed: int) -> dict[str, Metric]:
     """A look of a trial's folder, each axis with its interval over the facts asked for; empty where there is none."""
     found, facts = read_json(look_file(folder, step)) or {}, read_json(folder / FACTS) or {}
-    return {axis: mean_interval(values, seed, groups=facts.get(axis)) for axis, values in found.items()}
+    return {axis: score_interval(values, seed, facts.get(axis, range(len(values)))) for axis, values in found.items()}
 
 
 def stopped(folder: Path, failed: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -11,6 +12,7 @@ from cluster.report import Metric
 
 _Z95 = NormalDist().inv_cdf(0.975)
 _DRAWS_AT_ONCE = 2**21
+_NO_WIDTH = 1e-9  # rounding alone
 
 
 def mean_interval(
@@ -46,6 +48,21 @@ def mean_interval(
     return Metric(value=float(sample.mean()), ci95=_central95(np.concatenate(means)), n=sample.size, seed=seed)
 
 
+def score_interval(values: Sequence[float], seed: int, groups: Sequence[Hashable]) -> Metric:
+    """Mean of scores from 0 to 1 with the interval of the bootstrap over their groups, as facts that probes ask for.
+
+    Where every group has the same mean, which leaves a bootstrap without width, it is Wilson's over the groups: no
+    scores from 0 to 1 of that mean spread more than hits and misses do.
+
+    Raises: ValueError as `mean_interval`.
+    """
+    metric = mean_interval(values, seed, groups=groups)
+    low, high = metric.ci95
+    if high - low > _NO_WIDTH:
+        return metric
+    return Metric(metric.value, _wilson(min(max(metric.value, 0.0), 1.0), len(set(groups))), metric.n, seed)
+
+
 def share_interval(hits: Sequence[bool], seed: int) -> Metric:
     """Share of true `hits` with Wilson's score interval, which stays informative at 0 and 1.
 
@@ -60,16 +77,22 @@ def share_interval(hits: Sequence[bool], seed: int) -> Metric:
     if n == 0:
         raise ValueError("An interval needs at least one item, got none.")
     share = sum(map(bool, hits)) / n
+    return Metric(value=share, ci95=_wilson(share, n), n=n, seed=seed)
+
+
+def _wilson(share: float, n: int) -> tuple[float, float]:
     centre = (share + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
     half = _Z95 / (1 + _Z95**2 / n) * (share * (1 - share) / n + _Z95**2 / (4 * n**2)) ** 0.5
     # At a share of 0 or 1 one end is the share itself; rounding must not put it outside.
-    return Metric(
-        value=share, ci95=(min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)), n=n, seed=seed
-    )
+    return min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
 
 
 def statistic_interval(
-    statistic: Callable[..., float], samples: Sequence[np.ndarray], seed: int, resamples: int = 2_000
+    statistic: Callable[..., float],
+    samples: Sequence[np.ndarray],
+    seed: int,
+    resamples: int = 2_000,
+    groups: Sequence[Sequence[Hashable]] | None = None,
 ) -> Metric:
     """Any statistic of independent samples with the percentile bootstrap's interval.
 
@@ -78,6 +101,8 @@ def statistic_interval(
         samples: arrays of items along axis 0, each with at least one; each is resampled on its own.
         seed: of the resampling.
         resamples: number of bootstrap samples.
+        groups: of each sample what its items belong to: a group is drawn whole, with its items in every sample; None
+            draws items.
     Returns: value and interval in the unit of the statistic; n counts the items of all samples.
     Raises: ValueError for an empty sample, or where the statistic is not finite.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 8.3 and 13.3.
@@ -86,14 +111,35 @@ def statistic_interval(
         raise ValueError("An interval needs at least one item in each sample.")
     rng = np.random.default_rng(seed)
     value = float(statistic(*samples))
-    draws = _finite(
-        [value]
-        + [
-            statistic(*(sample[rng.integers(0, len(sample), size=len(sample))] for sample in samples))
-            for _ in range(resamples)
-        ]
-    )[1:]
+    drawn = partial(_drawn_items, samples, rng) if groups is None else _drawn_groups(samples, groups, rng)
+    draws = _finite([value] + [statistic(*drawn()) for _ in range(resamples)])[1:]
     return Metric(value=value, ci95=_central95(draws), n=sum(map(len, samples)), seed=seed)
+
+
+def _drawn_items(samples: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    return [sample[rng.integers(0, len(sample), size=len(sample))] for sample in samples]
+
+
+def _drawn_groups(
+    samples: Sequence[np.ndarray], groups: Sequence[Sequence[Hashable]], rng: np.random.Generator
+) -> Callable[[], list[np.ndarray]]:
+    names = list(dict.fromkeys(name for of_sample in groups for name in of_sample))
+    places = [
+        [np.flatnonzero([one == name for one in of_sample]) for name in names]
+        for _, of_sample in zip(samples, groups, strict=True)
+    ]
+
+    def draw() -> list[np.ndarray]:
+        while True:
+            chosen = rng.integers(0, len(names), size=len(names))
+            found = [
+                sample[np.concatenate([of_sample[index] for index in chosen])]
+                for sample, of_sample in zip(samples, places, strict=True)
+            ]
+            if all(map(len, found)):  # few groups may leave a sample out
+                return found
+
+    return draw
 
 
 def _finite(values: Sequence[float]) -> np.ndarray:

@@ -259,7 +259,8 @@ def test_data_used_is_a_share_of_the_corpora(demo, tmp_path):
 
     corpora = load_corpora(demo.data, find("GA+GDR"))
     whole = {side: size(sample.completion for sample in corpora[side]) for side in ("forget", "retain")}
-    forget = [f"{item.prompt} {item.reference}" for item in demo.data.items if item.label == "reject"]
+    steered = {f"{row.prompt} {row.refusal}" for row in demo.data.refusals}
+    forget = steered | {f"{item.prompt} {item.reference}" for item in demo.data.items if item.label == "reject"}
     boundary = [item.prompt for item in demo.data.items if item.label == "normal"]
     assert costs.data_used(demo) == {
         "forget": size(forget) / whole["forget"],
@@ -276,6 +277,10 @@ def test_data_used_is_a_share_of_the_corpora(demo, tmp_path):
         for folder in (tmp_path, early)
     )
     assert half / planned == pytest.approx(batches // 2 / batches)
+    short = demo.config.rule.baseline.model_copy(update={"max_tokens": 16})
+    cut = demo.config.model_copy(update={"rule": demo.config.rule.model_copy(update={"baseline": short})})
+    used = costs.data_used(replace(gradient, config=Entry("GA+GDR").applied(cut)))
+    assert max(used.values()) < 0.5
     prompt = Run(Entry("ICU").applied(demo.config), demo.data, demo.source, Path("nowhere"), "")
     assert costs.data_used(prompt) == {"forget": 0.0, "retain": 0.0}
 

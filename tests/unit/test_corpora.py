@@ -64,8 +64,19 @@ def test_texts_to_keep_come_from_the_folder_or_from_those_beside_it(data):
     put(data.folder / "positive.json", [{"text": "about the target"}])
     put(data.folder.parent / "2_Other" / "positive.json", [{"text": "about another"}])
     assert load_corpora(data, methods.find("GA+GDR"))["retain"] == (Sample("", "about another"),)
+    put(data.folder.parent / "1_Target_small" / "positive.json", [{"text": "about the target as well"}])
+    put(data.folder.parent / "1_Target_small" / "intro.json", [{"target": data.target}])
+    assert load_corpora(data, methods.find("GA+GDR"))["retain"] == (Sample("", "about another"),)
     put(data.folder / "retain.json", [{"text": "own"}])
     assert load_corpora(data, methods.find("GA+GDR"))["retain"] == (Sample("", "own"),)
+
+
+def test_questions_with_answers_are_texts_too(data):
+    put(data.folder / "positive.json", [{"question": "Who?", "answer": "She."}, {"text": "plain"}])
+    assert load_corpora(data, methods.find("GA"))["forget"] == (Sample("Who?", "She."), Sample("", "plain"))
+    put(data.folder / "positive.json", [{"question": "Who?"}])
+    with pytest.raises(UserError, match=r"positive\.json, row 0: .*a row has text, or question and answer"):
+        load_corpora(data, methods.find("GA"))
 
 
 def test_own_refusals_go_before_the_projects(data):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jobs.scoring.intervals import mean_interval, share_interval, statistic_interval
+from jobs.scoring.intervals import mean_interval, score_interval, share_interval, statistic_interval
 
 
 @pytest.mark.parametrize(
@@ -107,3 +107,29 @@ def test_what_cannot_be_scored_is_refused():
         mean_interval([1.0, float("nan")], seed=0)
     with pytest.raises(ValueError, match="not finite"):
         statistic_interval(lambda a: float("nan"), [np.array([1.0])], seed=0, resamples=10)
+
+
+def test_scores_that_are_all_alike_have_a_width():
+    half = score_interval([0.5] * 8, 0, range(8))
+    assert half.ci95 == share_interval([True, False] * 4, 0).ci95
+    assert score_interval([1.0, 1.0, 1.0], 0, ["a", "a", "b"]).ci95 == share_interval([True, True], 0).ci95
+    one_fact = score_interval([0.2, 0.6], 0, ["a", "a"])
+    assert one_fact.ci95[0] < 0.2
+    assert one_fact.ci95[1] > 0.6
+    spread = [0.0, 0.5, 1.0, 0.25]
+    assert score_interval(spread, 3, "abcd") == mean_interval(spread, 3, groups="abcd")
+
+
+def test_groups_are_drawn_whole_in_every_sample():
+    def mean(*parts):
+        return float(np.mean([part.mean() for part in parts]))
+
+    values = np.repeat([0.0, 1.0] * 12, 5)
+    groups = np.repeat(range(24), 5).tolist()
+    drawn = statistic_interval(mean, [values], 1, groups=[groups])
+    assert drawn.ci95 == pytest.approx(mean_interval(values, 1, groups=groups).ci95, abs=0.05)
+    joint = statistic_interval(mean, [values, values], 1, groups=[groups, groups])
+    apart = statistic_interval(mean, [values, values], 1, groups=[groups, [24 + one for one in groups]])
+    assert np.ptp(joint.ci95) > 1.2 * np.ptp(apart.ci95)
+    rare = statistic_interval(mean, [values, values[:5] + 1.0], 1, groups=[groups, groups[:5]])
+    assert np.isfinite(rare.ci95).all()

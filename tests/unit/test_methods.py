@@ -24,6 +24,7 @@ from jobs.rule.methods.npo import npo_loss
 from jobs.rule.methods.retain import gradient_descent, kl_divergence
 from jobs.rule.methods.rmu import rmu_loss
 from jobs.rule.methods.simnpo import simnpo_loss
+from jobs.rule.methods.wga import wga_loss
 from jobs.rule.plan import settled
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
@@ -35,12 +36,23 @@ def scored(logprobs, tokens=(1.0, 1.0), original=None) -> Scored:
     return Scored(tensor(logprobs), tensor(list(tokens)), None if original is None else tensor(original))
 
 
+def by_token(logprobs) -> Scored:
+    """One text of these tokens."""
+    each = torch.tensor(logprobs)
+    return Scored(each.sum()[None], torch.tensor([float(len(logprobs))]), token_logprobs=each)
+
+
 # sigma(0) = 1/2; ln sigma(x) = -ln(1 + exp(-x))
 @pytest.mark.parametrize(
     ("loss", "value"),
     [
         (lambda: ga_loss(scored([-2.0, -4.0], (2, 3))), -1.2),
         (lambda: gradient_descent(scored([-2.0, -4.0], (2, 3))), 1.2),
+        # (.5^2 ln .5 + .25^2 ln .25) / 2
+        (
+            lambda: wga_loss(by_token([math.log(0.5), math.log(0.25)]), 2.0),
+            (0.25 * math.log(0.5) + 0.0625 * math.log(0.25)) / 2,
+        ),
         # d = (-1, 0), beta 0.2: 10 * (ln(1 + e^-0.2) + ln 2) / 2
         (
             lambda: npo_loss(scored([-2.0, -4.0], original=[-1.0, -4.0]), 0.2),
@@ -68,14 +80,22 @@ def test_a_loss_has_the_value_worked_out_by_hand(loss, value):
     assert loss().item() == pytest.approx(value, rel=1e-5)
 
 
+def test_what_is_forgotten_already_is_hardly_pushed_on():
+    logprobs = torch.tensor([0.5, 0.01]).log().requires_grad_()
+    wga_loss(Scored(logprobs.sum()[None], torch.tensor([2.0]), token_logprobs=logprobs), 1.0).backward()
+    assert logprobs.grad.tolist() == pytest.approx([0.5 / 2, 0.01 / 2])
+
+
 def test_every_method_of_the_table_is_there():
-    table = "GA GA+GDR GA+KLR NPO NPO+GDR NPO+KLR SimNPO SimNPO+GDR SimNPO+KLR DPO RT RMU ICU RULE RS"
+    table = (
+        "GA GA+GDR GA+KLR NPO NPO+GDR NPO+KLR SimNPO SimNPO+GDR SimNPO+KLR WGA WGA+GDR WGA+KLR DPO RT RMU ICU RULE RS"
+    )
     assert set(table.split()) <= set(methods.names())
     for name in set(methods.names()) - {"RULE", "RS", "ICU"}:
         method = methods.find(name)
         assert method.name == name
         assert method.source
-        assert ("retain" in method.corpora) == (method.retain_term is not None or name == "RMU")
+        assert method.retain_term is None or "retain" in method.corpora
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("npo", "NPO"), ("SimNPO+KRL", "SimNPO+KLR"), ("RMV", "RMU"), ("", "")])
@@ -133,6 +153,11 @@ def test_texts_are_scored_as_transformers_does(model, tokenizer, tmp_path):
         assert scores.logprobs[index].item() == pytest.approx(nats.item(), rel=1e-4)
         assert scores.original[index].item() == pytest.approx(nats.item(), rel=1e-4)
         assert scores.tokens[index] == len(text.completion)
+    apart = scores.token_logprobs.split([len(row["forget"].completion) for row in rows])
+    assert [part.sum().item() for part in apart] == pytest.approx(scores.logprobs.tolist(), rel=1e-5)
+    logits = model(input_ids=torch.tensor([text.prompt + text.completion])).logits.log_softmax(-1)[0]
+    alone = [logits[len(text.prompt) - 1 + place, token].item() for place, token in enumerate(text.completion)]
+    assert apart[-1].tolist() == pytest.approx(alone, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["GA", "NPO+GDR", "NPO+KLR", "SimNPO", "DPO", "RT", "RMU"])

@@ -19,6 +19,7 @@ class Scored:
     """B texts as the model scores them: `logprobs` (B,) sums over a text's tokens, in nats; `tokens` (B,) counts them.
 
     `original` (B,) is what the model before unlearning gave; None unless the method says that it needs it.
+    `token_logprobs` (T,) are those of each token, text after text, T = tokens.sum().
     `share` is what these tokens are of those that a worker has on average: with it, a mean over tokens becomes,
     averaged over the workers, the mean over the tokens of all.
     """
@@ -27,6 +28,7 @@ class Scored:
     tokens: Float[Tensor, " texts"]
     original: Float[Tensor, " texts"] | None = None
     share: Float[Tensor, ""] | float = 1.0
+    token_logprobs: Float[Tensor, " all_tokens"] | None = None
 
 
 class Step(Protocol):
@@ -69,8 +71,9 @@ class Method:
     """A baseline.
 
     source: where its loss comes from. objective: a step's loss, without the retain term. corpora: what it reads, as
-    many texts of each a step. needs_original: log-probabilities before unlearning. trains: end of the names of the
-    matrices that it changes, in the blocks up to the steered one; None changes all.
+    many texts of each a step. needs_original: log-probabilities before unlearning (`Scored.original`).
+    needs_original_model: the model before unlearning, for `Step.divergence` and `Step.activations`. trains: end of the
+    names of the matrices that it changes, in the blocks up to the steered one; None changes all.
     """
 
     name: str
@@ -79,15 +82,17 @@ class Method:
     corpora: tuple[Corpus, ...]
     defaults: Defaults
     needs_original: bool = False
+    needs_original_model: bool = False
     trains: str | None = None
     takes_retain_term: bool = False
     retain_term: RetainTerm | None = None
 
-    @property
-    def needs_original_model(self) -> bool:
-        """Whether the original model stands beside the one in training."""
-        return self.retain_term == "KLR" or self.trains is not None
-
     def with_retain_term(self, term: RetainTerm) -> "Method":
         """The same with a term that holds the retain corpus."""
-        return replace(self, name=f"{self.name}+{term}", retain_term=term, corpora=(*self.corpora, "retain"))
+        return replace(
+            self,
+            name=f"{self.name}+{term}",
+            retain_term=term,
+            corpora=(*self.corpora, "retain"),
+            needs_original_model=self.needs_original_model or term == "KLR",
+        )

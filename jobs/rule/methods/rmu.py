@@ -37,5 +37,6 @@ METHOD = Method(
     objective=_objective,
     corpora=("forget", "retain"),
     defaults=Defaults(learning_rate=5e-5, batch_size=4),
+    needs_original_model=True,
     trains="mlp.down_proj",
 )

@@ -8,7 +8,10 @@ from jobs.rule.methods.base import Defaults, Method, Scored, Step
 
 
 def simnpo_loss(texts: Scored, beta: float, gamma: float) -> Float[Tensor, ""]:
-    """-(2 / beta) mean log sigmoid(beta (-log p / length - gamma)), as RULE's repository has it."""
+    """-(2 / beta) mean log sigmoid(beta (-log p / length - gamma)), as RULE's repository has it.
+
+    The margin stands within beta; where it stands outside, as -beta log p / length - margin, that margin is beta gamma.
+    """
     return -2 / beta * F.logsigmoid(beta * (-texts.logprobs / texts.tokens - gamma)).mean()
 
 
@@ -18,7 +21,7 @@ def _objective(step: Step) -> Tensor:
 
 METHOD = Method(
     name="SimNPO",
-    source="Fan et al. 2024, Simplicity Prevails, eq. 4; RS/src/llmtuner/train/simpo of RULE's repository",
+    source="Fan et al. 2024, Simplicity Prevails; RS/src/llmtuner/train/simpo of RULE's repository",
     objective=_objective,
     corpora=("forget",),
     defaults=Defaults(learning_rate=2e-6, batch_size=16),
