@@ -73,13 +73,17 @@ def _point(look: Mapping[str, float], objectives: Sequence[str]) -> tuple[float,
 
 
 def importance(plan: Plan, looked: Sequence[Record]) -> dict[str, float]:
-    """Share of each name of the space in the variance of the spanned volume at the last look (fANOVA), falling.
+    """Share of each name of the space in the variance of the spanned volume (fANOVA), falling.
 
-    Empty for few trials, and where all span the same.
+    Of all trials at the last step that all were looked at, for else it would tell who was ended early. Empty for few
+    trials, and where all span the same.
     """
     import optuna
 
-    drawn = [(record, spanned(record.looks[-1], plan.objectives)) for record in looked if record.values]
+    others = [record for record in looked if record.values]
+    common = min((record.last_step for record in others), default=0)
+    at_common = [[look for look in record.looks if look["step"] <= common][-1] for record in others]
+    drawn = [(record, spanned(look, plan.objectives)) for record, look in zip(others, at_common, strict=True)]
     if len(drawn) < IMPORTANCE_FROM or len({value for _, value in drawn}) == 1:
         return {}
     space = distributions(plan.space)
@@ -167,7 +171,7 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     volume.set_ylim(0, 1.03)
     shares = list(content["importance"].items())[::-1]
     bars.barh([name.removeprefix("rule.") for name, _ in shares], [share for _, share in shares], color="#1F77B4")
-    bars.set_xlabel("importance (share of variance)")
+    bars.set_xlabel("importance at equal steps (share of variance)")
     bars.set_xlim(0, 1.03)
     if not shares:
         bars.set_yticks([])

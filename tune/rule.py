@@ -5,7 +5,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +13,11 @@ import typer
 import yaml
 
 from cluster import cli
-from cluster.config import leaves, load, overlaid
+from cluster.config import load, overlaid
 from cluster.errors import JobFailure, NoRoom, UserError
 from jobs.rule.config import RuleConfig
-from jobs.rule.data import DEMO_NAME
-from tune.config import Tune
-from tune.space import Space, Values, configurations, keys_of, present, require_usable
+from tune.rule_space import PLACE, SearchConfig, resolved, settled, usable, without_halving
+from tune.space import Space, Values, keys_of
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -29,21 +27,11 @@ if TYPE_CHECKING:
     from tune.search import Plan, Record
 
 SETTINGS = "search.yaml"
-PLACE = "tune.rule.space"
-LOOKS = 12  # of a trial, where `rule.trace.every` does not say
-SEARCHED = ("rule.rebo.", "rule.steering.", "rule.boundary.")
-NOT_SEARCHED = ("rule.rebo.steps", "rule.rebo.updates_per_rollout")
-OF_THE_DATA = "rule.boundary."  # what is read depends on these alone
+SHARED = "shared"
 FREE_ON_RESUME = ("tune.rule.trials=", "tune.rule.max_concurrent=", "cluster.", "tracking.")
 URI = "MLFLOW_TRACKING_URI"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-
-
-class SearchConfig(RuleConfig):
-    """The whole configuration of `python -m tune.rule`."""
-
-    tune: Tune = Tune()
 
 
 @app.command()
@@ -133,13 +121,17 @@ def _searched(
 ) -> dict[str, Any]:
     from cluster import runs, session
     from cluster.report import write_text
-    from jobs.rule import job, trial
+    from jobs.rule import job, tradeoff, trial
     from tune.report import figure
     from tune.search import FAILED, RUNNING, search
 
     with session.connected(base), job.tracked(own, "rule-search") as tracker:
         write_text(yaml.safe_dump(_remembered(config), sort_keys=False), own.folder / SETTINGS)
+        own.shared = own.folder / SHARED
+        original = job.evaluated(own, "original", own.source.path)
+        tradeoff.require_known(original.answers, base.rule.evaluation.known_threshold)  # else every trial would fail
         os.environ[URI] = tracker.uri
+        print(without_halving(base, config), end="", flush=True)
         plan = planned(config, base, space, own, shapes, tracker.run_id)
         records = search(plan, _environment(config))
         for record in records:
@@ -169,72 +161,6 @@ def reported(content: Mapping[str, Any]) -> list[int]:
     from tune.search import RUNNING
 
     return [trial["number"] for trial in content["trials"] if trial["state"] != RUNNING]
-
-
-def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
-    """The configuration of a trial that sets nothing, and the space.
-
-    Paths in it are absolute, for a trial may run in another folder; the tracking address, which may hold a password and
-    would be written with a trial, is left out.
-
-    Raises:
-        UserError: another method than RULE, an empty space, an entry of it that no configuration takes or a search
-            cannot set, or more trials than there are configurations.
-    """
-    if config.rule.method != "RULE":
-        raise UserError(f"rule.method = {config.rule.method} has no stage 2 to search; take RULE, or `compare`")
-    base = RuleConfig(**{name: getattr(config, name) for name in RuleConfig.model_fields})
-    keys = {
-        "cluster.storage": str(Path(config.cluster.storage).expanduser().resolve()),
-        "tracking.uri": None,
-        "rule.trace.naturalness": config.tune.rule.naturalness,
-    }
-    for name in ("model", "data"):
-        place = Path(getattr(config.rule, name)).expanduser()
-        if place.exists() and getattr(config.rule, name) != DEMO_NAME:  # a folder of that name is not what a run takes
-            keys[f"rule.{name}"] = str(place.resolve())
-    if base.rule.trace.every is None:
-        keys["rule.trace.every"] = max(1, base.rule.rebo.steps // LOOKS) * base.rule.rebo.updates_per_rollout
-    space = present(config.tune.rule.space, PLACE)
-    known = set(leaves(RuleConfig))
-    for name, dimension in space.items():
-        for key in sorted(dimension.keys(name)):
-            a_section = any(other.startswith(f"{key}.") for other in known)
-            if key in known and (key in NOT_SEARCHED or a_section or not key.startswith(SEARCHED)):
-                raise UserError(
-                    f"{PLACE}: {key} cannot be searched: trials are compared at equal steps, on one model and the same "
-                    f"probes; take a single key under {', '.join(SEARCHED)} but {' and '.join(NOT_SEARCHED)}"
-                )
-    base = overlaid(base, keys, "the search")
-    require_usable(space, PLACE, partial(overlaid, base))
-    most = configurations(space, partial(_resolved, base, space))
-    if config.tune.rule.trials > most:
-        raise UserError(
-            f"tune.rule.trials = {config.tune.rule.trials} is more than there is to try: with the one as it is {PLACE} "
-            f"makes {most} different configurations; lower it to {most}, or widen the space"
-        )
-    return base, space
-
-
-def usable(base: RuleConfig, space: Space) -> list["job.Run"]:
-    """Has every choice and values of each range checked as a run's data and plan would be; returns these runs.
-
-    Raises:
-        UserError: naming the entry of the space.
-    """
-    from jobs.rule import job, stages
-
-    prepared = job.prepare(base, None, "")
-    runs = [prepared]
-
-    def accept(keys: dict[str, Any], origin: str) -> None:
-        config = overlaid(base, keys, origin)
-        reads_otherwise = any(key.startswith(OF_THE_DATA) for key in keys)
-        runs.append(job.prepare(config, None, "") if reads_otherwise else replace(prepared, config=config))
-        stages.check(runs[-1])
-
-    require_usable(space, PLACE, accept)
-    return runs
 
 
 def planned(
@@ -269,20 +195,11 @@ def planned(
         max_steps=base.rule.rebo.steps * base.rule.rebo.updates_per_rollout,
         updates_per_step=base.rule.rebo.updates_per_rollout,
         slots=wanted or slots,
-        run=partial(_run_trial, base, space, own.folder / "shared", parent),
+        run=partial(_run_trial, base, space, own.folder / SHARED, parent),
         ended=_ended,
         trained=trial.trained_steps,
-        resolved=partial(_resolved, base, space),
+        resolved=partial(resolved, base, space),
     )
-
-
-def _resolved(base: RuleConfig, space: Space, values: Values) -> str:
-    """Pins the configuration that values make, or, where no run takes it, these values: that trial will say so."""
-    keys = keys_of(space, values)
-    try:
-        return overlaid(base, keys, PLACE).model_dump_json()
-    except UserError:
-        return repr(sorted(keys.items()))
 
 
 def _environment(config: SearchConfig) -> dict[str, str]:
@@ -353,6 +270,7 @@ def _configuration(base: RuleConfig, plan: "Plan", record: "Record", step: int, 
     from cluster.report import write_text
 
     keys = keys_of(plan.space, record.values) | {"rule.rebo.steps": step // plan.updates_per_step}
+    keys |= {"rule.trace.every": None, "rule.trace.naturalness": False}  # the search's looks
     config = overlaid(base, keys, PLACE)
     sections = config.model_dump(include={"rule", "train", "generation"})
     path.parent.mkdir(exist_ok=True)
@@ -390,6 +308,7 @@ def _dry_run(config: SearchConfig) -> None:
         run = job.prepare(base, None, "")
     print(job.described(run.data))
     print(yaml.safe_dump(_remembered(config), sort_keys=False))
+    print(without_halving(base, config), end="")
     stages.plan(run).show()
     stages.check(run)
 

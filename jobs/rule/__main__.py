@@ -46,8 +46,16 @@ def run(
 @app.command()
 def compare(
     chosen: Annotated[
-        str, typer.Option("--methods", help="Methods with commas between, each METHOD or METHOD@LEARNING_RATE.")
-    ],
+        str | None, typer.Option("--methods", help="Methods with commas between, each METHOD or METHOD@LEARNING_RATE.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--entries", metavar="FILE", help="YAML file: labels, below each the keys in which it differs."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="A model unlearnt elsewhere, compared as it is; may be repeated."),
+    ] = None,
     gold: Annotated[
         Path | None,
         typer.Option(help="Model directory that never saw what is to be forgotten, as a row."),
@@ -62,11 +70,15 @@ def compare(
     """Unlearn the target by several methods and show what each trades for what: table, plot, front, differences."""
     loaded = load(RuleConfig, profile, config or [], sets or [])
     from jobs.rule import compare as comparison
+    from jobs.rule import entries
 
+    found = entries.entries(chosen) if chosen is not None else []
+    found += entries.from_file(file, loaded) if file is not None else []
+    models = entries.named_models(model or [], ())
     if dry_run:
-        comparison.dry_run(loaded, comparison.entries(chosen), gold)
+        comparison.dry_run(loaded, found, gold, models)
         return
-    print(comparison.compare(loaded, comparison.entries(chosen), out, fresh, _command(), gold))
+    print(comparison.compare(loaded, found, out, fresh, _command(), gold, models))
 
 
 @app.command()
@@ -114,9 +126,9 @@ def attack(
     from jobs.rule import attack as attacks
 
     if dry_run:
-        attacks.dry_run(loaded, attacks.chosen(model or [], comparison))
+        attacks.dry_run(loaded, attacks.chosen(model or [], comparison), comparison)
         return
-    print(attacks.attack(loaded, attacks.chosen(model or [], comparison), out, fresh, _command()))
+    print(attacks.attack(loaded, attacks.chosen(model or [], comparison), out, fresh, _command(), comparison))
 
 
 @app.command()

@@ -18,14 +18,12 @@ from cluster.errors import JobFailure, UserError, paths_named
 from cluster.generation import chosen_engine
 from cluster.plan import Plan
 from cluster.recorder import HISTORY, Recorder
-from cluster.report import Metric, digest, read_json, read_lines, write_json, write_lines
+from cluster.report import digest, read_json, read_lines, write_json, write_lines
 from cluster.tracking import Tracker
 from jobs.rule import attack_report, job, tradeoff
 from jobs.rule.attacks import (
     PLAIN,
-    PREFILLS,
     QUANTISED,
-    REWORDINGS,
     AttackTask,
     Way,
     answers_file,
@@ -36,18 +34,16 @@ from jobs.rule.attacks import (
 )
 from jobs.rule.config import MOST, Rule, RuleConfig, Steering
 from jobs.rule.data import Probe, Refusal, data_folder
+from jobs.rule.entries import named_models
 from jobs.rule.in_context import in_form
-from jobs.rule.pareto import paired_difference
 from jobs.rule.plan import rule_plan
 from jobs.rule.probes import Answer, as_asked, facts
 from jobs.rule.trace import Trace, known_probes
-from jobs.scoring.intervals import score_interval
 
 ORIGINAL = "original"
 RELEARNING = "relearning"
 KINDS = ("forget_fb", "forget_qa")  # attacks of the data's own (forget_aa) would be attacked twice
 LIMIT_S = 6 * 3600
-NAME = re.compile(r"[\w+@-][\w.+@-]*")
 
 
 def chosen(named: Sequence[str], comparison: Path | None) -> dict[str, Path]:
@@ -59,25 +55,26 @@ def chosen(named: Sequence[str], comparison: Path | None) -> dict[str, Path]:
     found: dict[str, Path] = {}
     if comparison is not None:
         report = read_json(comparison / "report.json")
-        if not isinstance(report, dict) or report.get("job") != "compare":
-            raise UserError(f"--comparison {comparison} holds no finished comparison; name its folder")
-        found = {name: Path(report["runs"][name]) / "model" for name in report["best"].values()}
-    for text in named:
-        name, equals, folder = text.partition("=")
-        if not equals or not NAME.fullmatch(name):
-            raise UserError(
-                f"--model {text} is not of the form NAME=DIR, NAME of letters, digits and . + @ - _, no dot first"
-            )
-        if name in found or name == ORIGINAL:
-            raise UserError(f"--model {text}: there is a model {name} already; take another name")
-        found[name] = Path(folder)
+        if not isinstance(report, dict) or report.get("job") != "compare" or "models" not in report:
+            raise UserError(f"--comparison {comparison} holds no finished comparison of this version; name its folder")
+        found = {name: Path(report["models"][name]) for name in report["best"].values()}
+    found |= named_models(named, {*found, ORIGINAL})
     if not found:
         raise UserError("attack needs models: --model NAME=DIR, or --comparison DIR for the best runs of a comparison")
     return found
 
 
-def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fresh: bool, command: str) -> Path:
+def attack(
+    config: RuleConfig,
+    named: Mapping[str, Path],
+    out: Path | None,
+    fresh: bool,
+    command: str,
+    comparison: Path | None = None,
+) -> Path:
     """Attacks every model, the original as well, and writes the report; returns its path.
+
+    `comparison`: the folder of the comparison that some of them are of, which must be of the same model and data.
 
     What fails of a model is recorded and does not end the rest; the same command tries it again.
 
@@ -86,7 +83,7 @@ def attack(config: RuleConfig, named: Mapping[str, Path], out: Path | None, fres
         JobFailure: every model failed.
     """
     with paths_named():
-        run, paths, plan = _prepared(config, named, out, command)
+        run, paths, plan = _prepared(config, named, out, command, comparison)
         plan.require_fit()
         job.claim(run, fresh)
     known = read_json(run.folder / "report.json")
@@ -125,7 +122,7 @@ def _concluded(
     attempt = run.state.get("attempts", 0)  # MLflow keeps what a step has: what is asked again is a later step's
     content = job.provenance(run, tracker) | {
         "job": "attack",
-        "metrics": _metrics(recalls, run.config.rule.seed, asked_for),
+        "metrics": attack_report.metrics(recalls, run.config.rule.seed, asked_for),
         "facts": len(set(asked_for)),
         "failures": dict(failures),
         "relearning": {name: one.curve for name, one in found.items()},
@@ -148,10 +145,10 @@ def _concluded(
     return runs.publish(content, run.folder, tracker)
 
 
-def dry_run(config: RuleConfig, named: Mapping[str, Path]) -> None:
+def dry_run(config: RuleConfig, named: Mapping[str, Path], comparison: Path | None = None) -> None:
     """Checks what `attack` would, and prints the models and what relearning would take."""
     with paths_named():
-        run, paths, plan = _prepared(config, named, None, "")
+        run, paths, plan = _prepared(config, named, None, "", comparison)
     job.print_settings(run)
     print(f"models: {', '.join(paths)}")
     for stage, memory in plan.memory.items():  # the batches are those of the relearning, and known when answers are
@@ -160,7 +157,7 @@ def dry_run(config: RuleConfig, named: Mapping[str, Path]) -> None:
 
 
 def _prepared(
-    config: RuleConfig, named: Mapping[str, Path], out: Path | None, command: str
+    config: RuleConfig, named: Mapping[str, Path], out: Path | None, command: str, comparison: Path | None
 ) -> tuple[job.Run, dict[str, Path], Plan]:
     rule = config.rule
     if config.train.strategy == "fsdp":
@@ -172,11 +169,28 @@ def _prepared(
     sources = {name: in_form(rule, models.resolve_directory(path, "--model"), folder) for name, path in named.items()}
     pinned = digest([[name, source.version] for name, source in sources.items()])
     run = job.prepare(config, out, command, what=f"attack-{pinned[:6]}")
+    if comparison is not None:
+        _require_same_questions(run, comparison)
     paths = {ORIGINAL: run.source.path} | {name: source.path for name, source in sources.items()}
     probes = [probe for probe in run.data.probes if probe.kind in KINDS]
     for name, path in paths.items():
         check_room(name, path, probes, rule)
     return run, paths, rule_plan(config, run.data, run.source.path, ("steering",))
+
+
+def _require_same_questions(run: job.Run, comparison: Path) -> None:
+    """Raises UserError where the comparison was of another original model or of other questions."""
+    report = read_json(comparison / "report.json")
+    if report["model_version"] != run.source.version:
+        raise UserError(
+            f"--comparison {comparison} is of the model {report['model']}, but rule.model = {run.config.rule.model} is "
+            "another; give attack the --profile, --config and --set of the comparison"
+        )
+    if list(report["data_digests"].values()) != [job.data_digest(run.data)]:
+        raise UserError(
+            f"--comparison {comparison} asked the questions of {', '.join(report['data_digests'])}, but rule.data = "
+            f"{run.config.rule.data} has others; give attack the --profile, --config and --set of the comparison"
+        )
 
 
 def check_room(name: str, path: Path, probes: Sequence[Probe], rule: Rule) -> None:
@@ -361,28 +375,3 @@ def _relearned(
         if "forgotten" in row
     }
     return task.output, steps
-
-
-def _metrics(
-    scores: Mapping[str, Mapping[str, Sequence[float]]], seed: int, asked_for: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    metrics: dict[str, dict[str, Metric]] = {}
-    for name, by_attack in scores.items():
-        every = by_attack | worst_of(by_attack)
-        metrics[name] = {f"recall/{key}": score_interval(values, seed, asked_for) for key, values in every.items()}
-        metrics[name] |= {
-            f"regained/{key}": paired_difference(values, by_attack[PLAIN], seed, asked_for)
-            for key, values in every.items()
-            if key != PLAIN
-        }
-    return {name: {key: one.to_json() for key, one in found.items()} for name, found in metrics.items()}
-
-
-def worst_of(by_attack: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """KIND/any of rewordings and prefillings, where all were asked: the one that brings most back, probe by probe."""
-    worst = {}
-    for kind, names in (("rewording", REWORDINGS), ("prefilling", PREFILLS)):
-        variants = [by_attack[f"{kind}/{name}"] for name in names if f"{kind}/{name}" in by_attack]
-        if len(variants) == len(names):
-            worst[f"{kind}/any"] = [max(values) for values in zip(*variants, strict=True)]
-    return worst

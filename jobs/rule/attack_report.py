@@ -1,15 +1,47 @@
 """What attacks brought back: a table, a row an attack and a column a model, and the curves of relearning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.rule.pareto import LEAST_FACTS
+from cluster.report import Metric
+from jobs.rule.attacks import PLAIN, PREFILLS, REWORDINGS
+from jobs.rule.pareto import LEAST_FACTS, paired_difference
+from jobs.scoring.intervals import score_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
 RECALL, REGAINED = "recall/", "regained/"
+
+
+def metrics(
+    scores: Mapping[str, Mapping[str, Sequence[float]]], seed: int, asked_for: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Of each model `recall/ATTACK`, and `regained/ATTACK`, the points above the plain question, as JSON objects.
+
+    scores: model -> attack -> recall of each probe, 0 to 1. asked_for: the fact that each probe asks for.
+    """
+    found: dict[str, dict[str, Metric]] = {}
+    for name, by_attack in scores.items():
+        every = by_attack | worst_of(by_attack)
+        found[name] = {f"recall/{key}": score_interval(values, seed, asked_for) for key, values in every.items()}
+        found[name] |= {
+            f"regained/{key}": paired_difference(values, by_attack[PLAIN], seed, asked_for)
+            for key, values in every.items()
+            if key != PLAIN
+        }
+    return {name: {key: one.to_json() for key, one in row.items()} for name, row in found.items()}
+
+
+def worst_of(by_attack: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """KIND/any of rewordings and prefillings, where all were asked: the one that brings most back, probe by probe."""
+    worst = {}
+    for kind, names in (("rewording", REWORDINGS), ("prefilling", PREFILLS)):
+        variants = [by_attack[f"{kind}/{name}"] for name in names if f"{kind}/{name}" in by_attack]
+        if len(variants) == len(names):
+            worst[f"{kind}/any"] = [max(values) for values in zip(*variants, strict=True)]
+    return worst
 
 
 def rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ fails is recorded and does not end the others.
 """
 
 import ctypes
-import math
 import os
 import re
 import signal
@@ -15,20 +14,20 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cluster import models, runs, session
+from cluster import cli, models, runs, session
 from cluster.config import ENVIRONMENT_PREFIX, STORAGE_VARIABLE
 from cluster.errors import JobFailure, UserError, paths_named
 from cluster.memory import GIB
 from cluster.report import digest, read_json
-from jobs.rule import costs, job, methods, stages, tradeoff
+from jobs.rule import costs, job, stages, tradeoff
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import data_folder
+from jobs.rule.entries import Entry, require_distinct
 from jobs.rule.evaluate import Examined, check_lengths, score
 from jobs.rule.gold import Gold, gold_scores
 from jobs.rule.in_context import in_form
@@ -39,58 +38,6 @@ WORKER = re.compile(r"^\x1b\[\d+m\([^)]*\)\x1b\[0m ")  # how Ray begins a line o
 END_GRACE_S = 60
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PRCTL = ctypes.CDLL(None).prctl  # found now: after a fork nothing may be loaded
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method, with a learning rate of its own or the configuration's."""
-
-    method: str
-    learning_rate: float | None = None
-
-    @property
-    def name(self) -> str:
-        """METHOD or METHOD@LEARNING_RATE, as 2e-6."""
-        return self.method if self.learning_rate is None else f"{self.method}@{self.rate}"
-
-    @property
-    def rate(self) -> str:
-        """The learning rate as people write it, without zeros in the exponent."""
-        return re.sub(r"e([+-])0+(\d)", r"e\1\2", str(self.learning_rate))
-
-    def applied(self, config: RuleConfig) -> RuleConfig:
-        """The configuration of its run."""
-        rule = config.rule.model_copy(update={"method": self.method})
-        if self.learning_rate is not None:
-            part = {methods.RULE: "rebo", methods.STEERING_ONLY: "steering"}.get(self.method, "baseline")
-            settings = getattr(rule, part).model_copy(update={"learning_rate": self.learning_rate})
-            rule = rule.model_copy(update={part: settings})
-        return config.model_copy(update={"rule": rule})
-
-
-def entries(text: str) -> list[Entry]:
-    """Entries of a list such as "RULE,NPO@2e-6,NPO@5e-6".
-
-    Raises:
-        UserError: an unknown method (the nearest is named), a learning rate that is none, an entry twice.
-    """
-    found: list[Entry] = []
-    for part in text.split(","):
-        method, at, number = part.strip().partition("@")
-        methods.find(method)
-        try:
-            rate = float(number) if at else None
-        except ValueError:
-            rate = 0.0
-        if rate is not None and not 0 < rate < math.inf:
-            raise UserError(f"--methods {part.strip()}: '{number}' is no learning rate; write METHOD or METHOD@NUMBER")
-        if rate is not None and method == methods.PROMPT_ONLY:
-            raise UserError(f"--methods {part.strip()}: {method} trains nothing and takes no learning rate")
-        entry = Entry(method, rate)
-        if entry in found:
-            raise UserError(f"--methods names {entry.name} twice; name each once")
-        found.append(entry)
-    return found
 
 
 class Processes:
@@ -150,10 +97,12 @@ def compare(
     fresh: bool,
     command: str,
     gold: Path | None = None,
+    checkpoints: Mapping[str, Path] = {},
 ) -> Path:
     """Runs what has no finished run yet, and writes the comparison; returns the path of its report.json.
 
-    `gold`, a model that never saw what was to be forgotten, is asked the same and gets a row of its own.
+    `gold`, a model that never saw what was to be forgotten, is asked the same and gets a row of its own; `checkpoints`,
+    models that were unlearnt elsewhere, by name, are compared like the methods.
 
     Raises:
         UserError: what `jobs.rule.job.main` would refuse of any entry, or an entry that was trained on other texts,
@@ -161,14 +110,16 @@ def compare(
         JobFailure: no method finished.
     """
     with paths_named():
-        run, own, pinned = _prepared(config, chosen, out, command, gold)
+        run, own, pinned, others = _prepared(config, chosen, out, command, gold, checkpoints)
         for prepared in own.values():  # reads the corpora also where a method does not
             costs.data_used(prepared)
         job.claim(run, fresh)
         _require_same_texts(own)
     run.shared = run.folder / "shared"
     known = read_json(run.folder / "report.json")
-    if known is not None and not known["failures"] and known["methods"] == [entry.name for entry in chosen]:
+    versions = {name: source.version for name, source in others.items()}
+    asked = [entry.name for entry in chosen], versions
+    if known is not None and not known["failures"] and (known["methods"], known.get("checkpoints")) == asked:
         print(f"this comparison is finished (--fresh starts it over): {run.folder}")
         show(known)
         return run.folder / "report.json"
@@ -182,12 +133,10 @@ def compare(
         tradeoff.require_known(original.answers, threshold)
         failures = _train(run, own)
         finished = [entry for entry in chosen if entry.name not in failures]
-        if not finished:
-            raise JobFailure(f"no method finished; the first: {next(iter(failures.values()))}")
         outcomes = [
             tradeoff.outcome(
                 entry.name,
-                entry.method,
+                entry.group,
                 own[entry].folder,
                 threshold,
                 costs.spent(own[entry]),
@@ -195,12 +144,19 @@ def compare(
             )
             for entry in finished
         ]
+        for name, source in others.items():
+            try:
+                outcomes.append(_model_outcome(run, name, source, original))
+            except Exception as error:  # whatever a foreign model brings: the others go on
+                failures[name] = cli.sentence(cli.root_cause(error))
+        if not outcomes:
+            raise JobFailure(f"no method finished; the first: {next(iter(failures.values()))}")
         if pinned is not None:
-            outcomes.append(_gold_outcome(run, pinned.source, original))
-        content = job.provenance(run, tracker) | _content(own, failures)
+            outcomes.append(_model_outcome(run, tradeoff.GOLD, pinned.source, original))
+        content = job.provenance(run, tracker) | _content(own, failures) | {"checkpoints": versions}
         content |= tradeoff.summary(outcomes, config.rule.seed)
         if pinned is not None:
-            best = {name: Path(content["runs"][name]) / "model" for name in content["best"].values()}
+            best = {name: Path(content["models"][name]) for name in content["best"].values()}
             scored = gold_scores(run, {"original": run.source.path} | best, pinned)
             content["against_gold"] = {
                 name: {key: metric.to_json() for key, metric in found.items()} for name, found in scored.items()
@@ -218,13 +174,15 @@ def compare(
     return path
 
 
-def dry_run(config: RuleConfig, chosen: Sequence[Entry], gold: Path | None) -> None:
+def dry_run(
+    config: RuleConfig, chosen: Sequence[Entry], gold: Path | None, checkpoints: Mapping[str, Path] = {}
+) -> None:
     """Checks what `compare` would, and prints what each entry would train."""
     from rich.console import Console
     from rich.table import Table
 
     with paths_named():
-        run, own, _ = _prepared(config, chosen, None, "", gold)
+        run, own, _, others = _prepared(config, chosen, None, "", gold, checkpoints)
     job.print_settings(run)
     columns = ("entry", "optimiser steps", "peak of a worker, GiB", "checkpoints on disk, GiB")
     table = Table(*columns, title="Plan of each run")
@@ -234,42 +192,57 @@ def dry_run(config: RuleConfig, chosen: Sequence[Entry], gold: Path | None) -> N
         peak = max((memory.per_worker for memory in plan.memory.values()), default=0)
         disk = max((memory.checkpoint for memory in plan.memory.values()), default=0)
         table.add_row(entry.name, steps, f"{peak / GIB:.2f}", f"{disk / GIB:.2f}")
+    for name in others:
+        table.add_row(name, "a finished model", "-", "-")
     Console().print(table)
 
 
 def _prepared(
-    config: RuleConfig, chosen: Sequence[Entry], out: Path | None, command: str, gold: Path | None
-) -> tuple[job.Run, dict[Entry, job.Run], Gold | None]:
-    """The comparison, the run of each entry, and the gold model: checked, before anything is written.
+    config: RuleConfig,
+    chosen: Sequence[Entry],
+    out: Path | None,
+    command: str,
+    gold: Path | None,
+    checkpoints: Mapping[str, Path],
+) -> tuple[job.Run, dict[Entry, job.Run], Gold | None, dict[str, models.ModelSource]]:
+    """The comparison, the run of each entry, the gold model and the others: checked, before anything is written.
 
     Which entries are compared is no part of the folder's name: one that is added later finds the others trained.
     """
+    if not chosen and not checkpoints:
+        raise UserError("compare needs --methods, --entries or --model NAME=DIR: something to compare")
+    require_distinct(chosen, checkpoints)
     pinned = None
     own = {entry: job.prepare(entry.applied(config), None, command) for entry in chosen}
     for prepared in own.values():
         stages.check(prepared)
     what = "compare"
+    folder = data_folder(config.rule.data)
+    others = {
+        name: in_form(config.rule, models.resolve_directory(path, "--model"), folder)
+        for name, path in checkpoints.items()
+    }
     if gold is not None:
-        folder = data_folder(config.rule.data)
         source = in_form(config.rule, models.resolve_directory(gold, "--gold"), folder)
         pinned = Gold(source, folder and load_tofu(folder))
         what += f"-{digest(pinned.identity())[:6]}"
     run = job.prepare(config, out, command, what=what)
     for entry, prepared in own.items():
-        prepared.folder = run.folder / "runs" / slug(entry)
-    if pinned is not None:
-        check_lengths(pinned.source.path, job.chosen_probes(run), config.rule.evaluation)
-    return run, own, pinned
+        prepared.folder = run.folder / "runs" / entry.slug
+    for source in (*others.values(), *([pinned.source] if pinned else [])):
+        check_lengths(source.path, job.chosen_probes(run), config.rule.evaluation)
+    return run, own, pinned, others
 
 
 def _require_same_texts(own: Mapping[Entry, job.Run]) -> None:
-    """Raises UserError where the comparison's folder holds an entry that was trained on other texts."""
+    """Raises UserError where the comparison's folder holds an entry that was trained otherwise."""
     for entry, prepared in own.items():
         state = read_json(prepared.folder / runs.STATE)
         if state is not None and state.get("identity") != prepared.state["identity"]:
             raise UserError(
-                f"{prepared.folder} holds {entry.name} trained on other texts than {prepared.config.rule.data} has "
-                "now; take another --out, or --fresh to train all entries of this folder again"
+                f"{prepared.folder} holds {entry.name} trained with other settings than it has now, or on other texts "
+                f"than {prepared.config.rule.data} has; take another label or --out, or --fresh to train all entries "
+                "of this folder again"
             )
 
 
@@ -279,22 +252,26 @@ def show(content: dict[str, Any]) -> None:
 
     console = Console(width=None if Console().is_terminal else 130)
     console.print(tradeoff.table(content))
+    console.print(tradeoff.areas(content), soft_wrap=True, highlight=False, markup=False)
     for sentence in (*tradeoff.verdicts(content), *(f"{n} failed: {why}" for n, why in content["failures"].items())):
         console.print(sentence, soft_wrap=True, highlight=False, markup=False)
 
 
-def _gold_outcome(run: job.Run, gold: models.ModelSource, original: Examined) -> tradeoff.Outcome:
-    """The gold model asked the same probes as the others."""
+def _model_outcome(run: job.Run, name: str, model: models.ModelSource, original: Examined) -> tradeoff.Outcome:
+    """A finished model asked the same probes as the methods; its answers are kept by its content."""
     evaluation, rule = run.config.rule.evaluation, run.config.rule
-    examined = job.evaluated(run, tradeoff.GOLD, gold.path)
+    examined = job.evaluated(run, f"{name}-{digest(model.version)[:8]}", model.path)
     metrics = score(examined, original.answers, run.data.target, evaluation, run.source.path, rule.seed)
-    return tradeoff.gold_outcome(gold.path, examined.answers, original.answers, evaluation.known_threshold, metrics)
+    answers, threshold = examined.answers, evaluation.known_threshold
+    return tradeoff.model_outcome(name, model.path, answers, original.answers, threshold, metrics)
 
 
 def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
     """Runs every entry without a report, a process each; returns why entries failed."""
     import ray
 
+    if not own:
+        return {}
     address = ray.get_runtime_context().gcs_address
     processes = Processes()
     slots = stages.slots(own.values(), ray.cluster_resources())
@@ -338,7 +315,7 @@ def _settings(entry: Entry, own: job.Run, address: str) -> dict[str, Any]:
     registered = config.tracking.register_as or job.registered_name(own)
     parts = {
         "cluster": {"address": address, "storage": str(session.storage(config))},
-        "tracking": {"register_as": f"{registered}-{slug(entry)}", "uri": None},  # see _environment
+        "tracking": {"register_as": f"{registered}-{entry.slug}", "uri": None},  # see _environment
     }
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in parts.items()}
     return config.model_copy(update=changed).model_dump()
@@ -362,12 +339,6 @@ def _content(own: Mapping[Entry, job.Run], failures: Mapping[str, str]) -> dict[
         "seconds": {name: report["seconds"] for name, report in reports.items()},
         "peak_memory_gib": {name: report["peak_memory_gib"] for name, report in reports.items()},
     }
-
-
-def slug(entry: Entry) -> str:
-    """The name of an entry's folder."""
-    method = entry.method.replace("+", "-")
-    return method if entry.learning_rate is None else f"{method}-at-{entry.rate}"
 
 
 def beside(folder: Path, suffix: str) -> Path:

@@ -26,6 +26,7 @@ STAGES = ("steered", "unlearned")
 GOLD = "gold"  # a model that never saw what is to be forgotten: shown beside the methods, and none of them
 TRAININGS = ("steering", "rebo", "unlearning")
 HALF_KEEPS = 0.85
+FEW_DIFFERENCES = 10
 FLOORS = (0.0, 0.4, 0.5, 0.6, 0.7)
 GOLD_SCORES = {"p(gold)": "forget_quality", "utility": "model_utility"}
 STEMMED = tuple(f"{axis}/stemmed" for axis in AXES)
@@ -33,14 +34,16 @@ COPIED = {
     "refusal": "known/forget/refusal",
     "over_refusal": "retain/refusal",
     "naturalness": "naturalness/all",
+    "judged": "naturalness_judged/all",
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run of a comparison.
+    """One finished run of a comparison, or a model that was given to it.
 
-    name: METHOD or METHOD@LEARNING_RATE. scores: axis -> value of each known probe, after the last stage, 0 to 1, more
+    name, method: of entries of one method the best is taken (`entries.Entry.group`). folder, model: of the run, and of
+    what it made. scores: axis -> value of each known probe, after the last stage, 0 to 1, more
     is better, by the recall of RULE's package and of stems. facts: axis -> what each of these probes asks for.
     trace: points of its looks and stages in order, the last one the result. stages: those that are of all known probes.
     copied: metrics of its report. seconds: of training, None where nobody knows. tokens, used: as in `jobs.rule.costs`.
@@ -51,6 +54,7 @@ class Outcome:
     name: str
     method: str
     folder: Path
+    model: Path
     scores: Mapping[str, Sequence[float]]
     facts: Mapping[str, Sequence[str]]
     trace: tuple[Point, ...]
@@ -97,21 +101,27 @@ def outcome(
     before = _scores(original, [knows and a.probe in asked for a, knows in zip(original, is_known, strict=True)])
     reached = _reached(rows, before, spent)
     ends = tuple(trace), tuple(whole)
-    return Outcome(
-        name, method, folder, found, _facts(original, is_known), *ends, copied, seconds, tokens, used, reached
-    )
+    asked_for, model = _facts(original, is_known), folder / "model"
+    return Outcome(name, method, folder, model, found, asked_for, *ends, copied, seconds, tokens, used, reached)
 
 
-def gold_outcome(
-    folder: Path, answers: Sequence[Answer], original: Sequence[Answer], threshold: float, metrics: Mapping[str, Metric]
+def model_outcome(
+    name: str,
+    folder: Path,
+    answers: Sequence[Answer],
+    original: Sequence[Answer],
+    threshold: float,
+    metrics: Mapping[str, Metric],
 ) -> Outcome:
-    """The row of a model that never saw what is to be forgotten."""
+    """The row of the model in `folder`, of whose training nothing is known."""
     is_known = recalled(original, threshold)
     found = _scores(answers, is_known)
-    point = Point(GOLD, *(mean(found[axis]) for axis in AXES))
+    point = Point(name, *(mean(found[axis]) for axis in AXES))
     copied = {short: metrics[long] for short, long in COPIED.items() if long in metrics}
     used = dict.fromkeys(("forget", "retain"))
-    return Outcome(GOLD, GOLD, folder, found, _facts(original, is_known), (point,), (point,), copied, used=used)
+    group = _method_of(name)
+    asked_for = _facts(original, is_known)
+    return Outcome(name, group, folder, folder, found, asked_for, (point,), (point,), copied, used=used)
 
 
 def _reached(
@@ -171,6 +181,7 @@ def summary(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
         },
         "traces": {one.name: [[point.forgotten, point.retained] for point in one.trace] for one in outcomes},
         "runs": {one.name: str(one.folder) for one in outcomes},
+        "models": {one.name: str(one.model) for one in outcomes},
     }
 
 
@@ -180,6 +191,7 @@ def table(content: Mapping[str, Any]) -> "Table":
     from rich.table import Table
 
     shown = Table(title="Forgetting against keeping", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    judged = any("judged" in metrics for metrics in content["metrics"].values())
     shown.add_column("method", no_wrap=True)
     for name in (
         "forgotten %",
@@ -187,6 +199,7 @@ def table(content: Mapping[str, Any]) -> "Table":
         "refusal %",
         "over-refusal %",
         "naturalness",
+        *(["judged"] if judged else []),
         "min",
         "tokens",
         "D_f %",
@@ -203,6 +216,7 @@ def table(content: Mapping[str, Any]) -> "Table":
             _cell(metrics.get("refusal"), 100),
             _cell(metrics.get("over_refusal"), 100),
             _cell(metrics.get("naturalness"), 1),
+            *([_cell(metrics.get("judged"), 1)] if judged else []),
             "-" if cost["seconds"] is None else f"{cost['seconds'] / 60:.1f}",
             "-" if cost["tokens"] is None else f"{cost['tokens']:,}",
             *("-" if share is None else f"{100 * share:.0f}" for share in cost["data_used"].values()),
@@ -221,6 +235,12 @@ def table(content: Mapping[str, Any]) -> "Table":
         "Front: of each method's best run (largest product of forgotten and retained), chosen on the same probes: the\n"
         "more runs a method has, the more its figures lean to the good side."
     )
+    looked_at = len(content["differences"])  # each pair stands there twice, and is told on two axes
+    if looked_at > FEW_DIFFERENCES:
+        shown.caption += (
+            f"\nBelow, what is decided of {looked_at} differences, each at 95 %: were none real, about "
+            f"{looked_at / 20:.0f} would seem so."
+        )
     if content.get("against_gold"):
         found = content["against_gold"]["original"]
         before = ", ".join(f"{short} {found[key]['value']:.2g}" for short, key in GOLD_SCORES.items() if key in found)
@@ -230,6 +250,12 @@ def table(content: Mapping[str, Any]) -> "Table":
         )
     shown.caption_justify = "left"
     return shown
+
+
+def areas(content: Mapping[str, Any]) -> str:
+    """The area under each method's own front, of points that keep anything and of those that keep half."""
+    told = [f"{name} {found['0']:.2f}, {found['0.5']:.2f}" for name, found in content["area"].items()]
+    return f"Area under the front of a method's runs and stages, and where retained >= .5 alone: {'; '.join(told)}."
 
 
 def verdicts(content: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from cluster.models import save_directory
 from cluster.report import read_json, read_lines
 from jobs.rule import attack as attacking
 from jobs.rule import attack_report, attacks, job
-from jobs.rule.attack import KINDS, check_room, chosen, split, worst_of
+from jobs.rule.attack import KINDS, check_room, chosen, split
 from jobs.rule.attacks import (
     PREFILLS,
     REWORDINGS,
@@ -303,7 +303,7 @@ def test_when_every_model_fails_the_command_does(two_models):
 
 
 def test_models_by_name_and_from_a_comparison(tmp_path):
-    report = {"job": "compare", "best": {"GA": "GA@1e-6"}, "runs": {"GA@1e-6": "/runs/GA"}}
+    report = {"job": "compare", "best": {"GA": "GA@1e-6"}, "models": {"GA@1e-6": "/runs/GA/model"}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     found = chosen(["mine=/models/x"], tmp_path)
     assert {name: str(path) for name, path in found.items()} == {"GA@1e-6": "/runs/GA/model", "mine": "/models/x"}
@@ -379,5 +379,5 @@ def test_the_worst_is_taken_probe_by_probe():
     first, second, *others = REWORDINGS
     given = {"plain": [0, 0], f"rewording/{first}": [0.1, 0.9], f"rewording/{second}": [0.5, 0.2]}
     given |= {f"rewording/{name}": [0, 0] for name in others} | {f"prefilling/{next(iter(PREFILLS))}": [0.3, 0.4]}
-    assert worst_of(given) == {"rewording/any": [0.5, 0.9]}  # not every opening was asked
-    assert worst_of({"plain": [0, 0]}) == {}
+    assert attack_report.worst_of(given) == {"rewording/any": [0.5, 0.9]}  # not every opening was asked
+    assert attack_report.worst_of({"plain": [0, 0]}) == {}

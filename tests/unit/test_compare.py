@@ -13,17 +13,20 @@ from rich.console import Console
 from cluster.config import load
 from cluster.errors import UserError
 from cluster.models import load_tokenizer, resolve
+from cluster.report import Metric
 from jobs.rule import compare, costs, tradeoff
-from jobs.rule.compare import Entry, beside, entries, slug
+from jobs.rule.compare import beside
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import Probe, load_data
+from jobs.rule.entries import Entry, entries, from_file, named_models, require_distinct
 from jobs.rule.evaluate import Examined, packed
 from jobs.rule.job import Run
 from jobs.rule.methods import find
 from jobs.rule.pareto import Point
 from jobs.rule.probes import Answer
 
+NEVER_METRIC = Metric(0.5, (0.4, 0.6), 4, 42)
 NEVER = {"value": 0.5, "ci95": [0.4, 0.6], "n": 4, "seed": 42}
 
 
@@ -188,7 +191,7 @@ def test_an_entry_of_other_texts_is_told_before_anything_starts(demo, tmp_path):
     own = Run(demo.config, demo.data, demo.source, tmp_path, "", state={"identity": "new"})
     compare._require_same_texts({Entry("GA"): own})
     (tmp_path / "state.json").write_text('{"identity": "old"}')
-    with pytest.raises(UserError, match="holds GA trained on other texts than demo has now"):
+    with pytest.raises(UserError, match="holds GA trained with other settings than it has now"):
         compare._require_same_texts({Entry("GA"): own})
 
 
@@ -214,7 +217,7 @@ def test_entries_carry_their_learning_rate_to_where_it_belongs():
 
 def test_every_entry_has_files_of_its_own():
     chosen = entries("GA,GA@1.5e-5,GA@1.2e-5,GA@0.001,GA@0.002,GA@1e30,GA@1e-30,NPO+KLR@1e-5,NPO+GDR@1e-5")
-    folders = [Path("runs") / slug(entry) for entry in chosen]
+    folders = [Path("runs") / entry.slug for entry in chosen]
     assert len(set(folders)) == len(chosen)
     assert len({beside(folder, ".yaml") for folder in folders}) == len(chosen)
     assert beside(folders[1], ".log") == Path("runs/GA-at-1.5e-5.log")
@@ -235,6 +238,67 @@ def test_every_entry_has_files_of_its_own():
 def test_wrong_entries_are_told(text, told):
     with pytest.raises(UserError, match=told):
         entries(text)
+
+
+def test_a_file_holds_configurations_under_labels(tmp_path):
+    config = load(RuleConfig, environ={})
+    path = tmp_path / "designs.yaml"
+    path.write_text("rloo: {rule.rebo.advantage: rloo}\nNPO.5: {rule.method: NPO, rule.baseline.beta: 0.5}\n")
+    rloo, npo = from_file(path, config)
+    assert (rloo.name, rloo.group, rloo.slug, rloo.method) == ("rloo", "rloo", "rloo", "RULE")
+    assert rloo.applied(config).rule.rebo.advantage == "rloo"
+    assert npo.applied(config).rule.baseline.beta == 0.5
+    assert npo.applied(config).rule.method == "NPO"
+    assert len({rloo, npo, Entry("NPO")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "cannot be read as YAML: .*No such file"),
+        ("a: [", "cannot be read as YAML"),
+        ("- RULE", "must hold labels"),
+        ("", "must hold labels"),
+        ("a b: {rule.rebo.steps: 3}", "'a b' is no label"),
+        ("a@1: {rule.rebo.steps: 3}", "'a@1' is no label"),
+        ("a: 3", "below a stand no keys"),
+        ("a: {rule.model: x}", "a sets rule.model, but entries are asked the same questions"),
+        ("a: {rule.method: NOP}", "the nearest is NPO"),
+        ("a: {rule.rebo.step: 3}", r"unknown key rule\.rebo\.step; .*rule\.rebo\.steps"),
+        ("a: {rule.rebo.steps: many}", r"rule\.rebo\.steps"),
+    ],
+)
+def test_what_is_wrong_in_a_file_of_entries_is_told(tmp_path, text, told):
+    config = load(RuleConfig, environ={})
+    path = tmp_path / "designs.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=told):
+        [entry.applied(config) for entry in from_file(path, config)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "model"), [(["NPO-at-0.01"], "x"), (["gold"], "x"), (["a", "A"], "x"), (["Mine"], "mine"), ([], "gold")]
+)
+def test_two_rows_have_two_names(labels, model):
+    given = [Entry("NPO", 0.01), *(Entry("RULE", label=label) for label in labels)]
+    with pytest.raises(UserError, match=r"rename one|take another name"):
+        require_distinct(given, named_models([f"{model}=/models/x"], ()))
+
+
+def test_a_model_from_elsewhere_is_compared_like_a_method(outcomes, tmp_path):
+    original, given = answers([1, 1, 1, 1, 0.2] * 3, [1] * 12), answers([0] * 15, [1] * 12)
+    other = tradeoff.model_outcome("theirs@2", tmp_path, given, original, 0.5, {"known/forget/refusal": NEVER_METRIC})
+    content = tradeoff.summary([*outcomes, other], 42)
+    assert content["best"]["theirs"] == "theirs@2"
+    assert content["front"] == ["theirs@2"]
+    assert content["models"]["theirs@2"] == str(tmp_path)
+    assert content["models"]["RULE"] == content["runs"]["RULE"] + "/model"
+    assert content["differences"]["RULE - theirs@2"]["forgotten"]["facts"] == 12
+    assert "theirs 1.00, 1.00" in tradeoff.areas(content)
+    console = Console(width=160, record=True)
+    console.print(tradeoff.table(content))
+    assert "theirs@2" in console.export_text()
 
 
 def test_a_password_of_the_tracking_server_reaches_a_run_but_no_file(demo):

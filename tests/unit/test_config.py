@@ -15,7 +15,7 @@ from cluster.errors import UserError
 from jobs.oodface.config import OodfaceConfig
 from jobs.rule.config import RuleConfig
 from tune.config import Dimension, Search
-from tune.rule import SearchConfig
+from tune.rule_space import SearchConfig
 
 ROOT = Path(__file__).parents[2]
 SHOWN_IN_COMMENTS = {"train.lora": "train", "rule.evaluation.judge": "rule", "rule.evaluation.entailment": "rule"}

@@ -13,7 +13,8 @@ from cluster.config import load
 from cluster.errors import UserError
 from jobs.rule import job
 from tune.config import Dimension, Search
-from tune.rule import SearchConfig, app, planned, search, settled, usable
+from tune.rule import app, planned, search
+from tune.rule_space import SearchConfig, settled, usable
 from tune.space import configurations, corners, distributions, keys_of, present, require_usable
 
 SPACE = {

@@ -14,7 +14,7 @@ from jobs.rule.config import RuleConfig
 from jobs.rule.data import load_data
 from jobs.rule.muse import load_privleak
 from jobs.rule.world_facts import BLANKS, GENERAL, HELD_OUT, PEOPLE, QUESTIONS, REFUSALS, TARGET, VALUES
-from tune.rule import SearchConfig, settled
+from tune.rule_space import SearchConfig, settled
 
 
 @pytest.fixture

@@ -1,0 +1,114 @@
+"""What a search over RULE may set: its configuration, the space, and whether a run takes all that is in it."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.config import leaves, overlaid
+from cluster.errors import UserError
+from jobs.rule.config import RuleConfig
+from jobs.rule.data import DEMO_NAME
+from tune.config import Tune
+from tune.space import Space, Values, configurations, keys_of, present, require_usable
+
+if TYPE_CHECKING:
+    from jobs.rule import job
+
+PLACE = "tune.rule.space"
+LOOKS = 12  # of a trial, where `rule.trace.every` does not say
+SEARCHED = ("rule.rebo.", "rule.steering.", "rule.boundary.")
+NOT_SEARCHED = ("rule.rebo.steps", "rule.rebo.updates_per_rollout")
+OF_THE_DATA = "rule.boundary."  # what is read depends on these alone
+
+
+class SearchConfig(RuleConfig):
+    """The whole configuration of `python -m tune.rule`."""
+
+    tune: Tune = Tune()
+
+
+def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
+    """The configuration of a trial that sets nothing, and the space.
+
+    Paths in it are absolute, for a trial may run in another folder; the tracking address, which may hold a password and
+    would be written with a trial, is left out.
+
+    Raises:
+        UserError: another method than RULE, an empty space, an entry of it that no configuration takes or a search
+            cannot set, or more trials than there are configurations; naturalness asked for where no search reads it.
+    """
+    if config.rule.method != "RULE":
+        raise UserError(f"rule.method = {config.rule.method} has no stage 2 to search; take RULE, or `compare`")
+    if config.rule.trace.naturalness and not config.tune.rule.naturalness:
+        raise UserError("rule.trace.naturalness is no objective of a search; set tune.rule.naturalness=true instead")
+    base = RuleConfig(**{name: getattr(config, name) for name in RuleConfig.model_fields})
+    keys = {
+        "cluster.storage": str(Path(config.cluster.storage).expanduser().resolve()),
+        "tracking.uri": None,
+        "rule.trace.naturalness": config.tune.rule.naturalness,
+    }
+    for name in ("model", "data"):
+        place = Path(getattr(config.rule, name)).expanduser()
+        if place.exists() and getattr(config.rule, name) != DEMO_NAME:  # a folder of that name is not what a run takes
+            keys[f"rule.{name}"] = str(place.resolve())
+    if base.rule.trace.every is None:
+        keys["rule.trace.every"] = max(1, base.rule.rebo.steps // LOOKS) * base.rule.rebo.updates_per_rollout
+    space = present(config.tune.rule.space, PLACE)
+    known = set(leaves(RuleConfig))
+    for name, dimension in space.items():
+        for key in sorted(dimension.keys(name)):
+            a_section = any(other.startswith(f"{key}.") for other in known)
+            if key in known and (key in NOT_SEARCHED or a_section or not key.startswith(SEARCHED)):
+                raise UserError(
+                    f"{PLACE}: {key} cannot be searched: trials are compared at equal steps, on one model and the same "
+                    f"probes; take a single key under {', '.join(SEARCHED)} but {' and '.join(NOT_SEARCHED)}"
+                )
+    base = overlaid(base, keys, "the search")
+    require_usable(space, PLACE, partial(overlaid, base))
+    most = configurations(space, partial(resolved, base, space))
+    if config.tune.rule.trials > most:
+        raise UserError(
+            f"tune.rule.trials = {config.tune.rule.trials} is more than there is to try: with the one as it is {PLACE} "
+            f"makes {most} different configurations; lower it to {most}, or widen the space"
+        )
+    return base, space
+
+
+def usable(base: RuleConfig, space: Space) -> list["job.Run"]:
+    """Has every choice and values of each range checked as a run's data and plan would be; returns these runs.
+
+    Raises:
+        UserError: naming the entry of the space.
+    """
+    from jobs.rule import job, stages
+
+    prepared = job.prepare(base, None, "")
+    runs = [prepared]
+
+    def accept(keys: dict[str, Any], origin: str) -> None:
+        config = overlaid(base, keys, origin)
+        reads_otherwise = any(key.startswith(OF_THE_DATA) for key in keys)
+        runs.append(job.prepare(config, None, "") if reads_otherwise else replace(prepared, config=config))
+        stages.check(runs[-1])
+
+    require_usable(space, PLACE, accept)
+    return runs
+
+
+def resolved(base: RuleConfig, space: Space, values: Values) -> str:
+    """Pins the configuration that values make, or, where no run takes it, these values: that trial will say so."""
+    keys = keys_of(space, values)
+    try:
+        return overlaid(base, keys, PLACE).model_dump_json()
+    except UserError:
+        return repr(sorted(keys.items()))
+
+
+def without_halving(base: RuleConfig, config: SearchConfig) -> str:
+    """A line where no trial can be ended early, else an empty one."""
+    last, first = base.rule.rebo.steps * base.rule.rebo.updates_per_rollout, base.rule.trace.every
+    for name, step in (("rule.trace.every", first), ("tune.rule.grace_steps", config.tune.rule.grace_steps)):
+        if step >= last:
+            return f"no trial is ended early: {name} = {step} is not below its {last} updates\n"
+    return ""
