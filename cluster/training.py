@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # of Ray Train
 RANDOM_STATES = "rng_state*.pth"  # of transformers, one a rank
 WAITS_FOR_ROOM = 29  # times that Ray Train tries again to start the workers, after a minute each
+COLLECTIVE_LIMIT_S = 2 * 3600  # ranks wait while rank 0 copies a checkpoint, of an 8B model 128 GB
 
 
 class CheckpointCallback(TrainerCallback):
@@ -275,7 +276,7 @@ def fit(
     trainer = InterruptibleTrainer(
         lambda _: _told_once(worker, task, recorder, final),
         train_loop_config={},
-        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_LIMIT_S),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers, use_gpu=bool(train.gpus_per_worker), resources_per_worker=resources
         ),

@@ -63,15 +63,18 @@ def unlearn(task: BaselineTask, recorder: Recorder) -> None:
     method, settings = methods.find(task.method), task.settings
     tokenizer = load_tokenizer(task.model)
     beside = method.needs_original_model and task.train.lora is None  # with LoRA it is the model without its adapters
-    original = None
+    original, sharded = None, task.train.strategy == "fsdp"
     if beside or method.needs_original:
-        original = load_model(task.model).requires_grad_(False)  # else autocast would keep a second copy in bfloat16
+        precision = task.train.precision if sharded else "float32"  # FSDP computes in bfloat16 weights, DDP in autocast
+        original = load_model(task.model, precision).requires_grad_(False)
     corpora = {
         name: sample_ids(original, tokenizer, samples, settings.max_tokens, method.needs_original, task.train)
         for name, samples in task.corpora.items()
     }
     if not beside:
         original = None  # its memory is the training's
+    elif sharded:
+        original = load_model(task.model).requires_grad_(False)  # on no GPU until it is shared out
     model = training.trainable(load_model(task.model), task.train)
     if method.trains is not None:
         freeze(model, method.trains, settings.rmu_layer)
@@ -271,11 +274,12 @@ def sample_ids(
         rows.append((prompt, completion[: max(1, max_tokens - len(prompt))]))
     original: list[float | None] = [None] * len(rows)
     if with_original:
-        device = "cuda" if train.gpus_per_worker else "cpu"
+        device, sharded = "cuda" if train.gpus_per_worker else "cpu", train.strategy == "fsdp"
         sequences, starts = [prompt + completion for prompt, completion in rows], [len(prompt) for prompt, _ in rows]
         # in the precision of the training, so that before its first step nothing differs
-        with torch.autocast(device, torch.bfloat16, enabled=train.precision == "bfloat16"):
-            scores = token_logprobs(model.to(device), sequences, starts, 4 * train.tokens_per_row)
+        with torch.autocast(device, torch.bfloat16, enabled=train.precision == "bfloat16" and not sharded):
+            # where training shares out its weights, the whole ones leave little room beside them
+            scores = token_logprobs(model.to(device), sequences, starts, (1 if sharded else 4) * train.tokens_per_row)
         original = [score.sum().item() for score in scores]
     return [Ids(*row, score) for row, score in zip(rows, original, strict=True)]
 
