@@ -38,7 +38,7 @@ from jobs.rule.entries import named_models
 from jobs.rule.in_context import in_form
 from jobs.rule.plan import rule_plan
 from jobs.rule.probes import Answer, as_asked, facts
-from jobs.rule.trace import Trace, known_probes
+from jobs.rule.trace import Trace, known_probes, require_probes
 
 ORIGINAL = "original"
 RELEARNING = "relearning"
@@ -172,6 +172,7 @@ def _prepared(
     if comparison is not None:
         _require_same_questions(run, comparison)
     paths = {ORIGINAL: run.source.path} | {name: source.path for name, source in sources.items()}
+    require_probes(run.data.probes)
     probes = [probe for probe in run.data.probes if probe.kind in KINDS]
     for name, path in paths.items():
         check_room(name, path, probes, rule)

@@ -32,6 +32,7 @@ from jobs.rule.evaluate import Examined, check_lengths, score
 from jobs.rule.gold import Gold, gold_scores
 from jobs.rule.in_context import in_form
 from jobs.rule.tofu import load_tofu
+from jobs.rule.trace import require_probes
 
 PROGRESS = re.compile(r"step \d+/\d+|evaluation[ :]|error: ")
 WORKER = re.compile(r"^\x1b\[\d+m\([^)]*\)\x1b\[0m ")  # how Ray begins a line of a worker
@@ -227,6 +228,7 @@ def _prepared(
         pinned = Gold(source, folder and load_tofu(folder))
         what += f"-{digest(pinned.identity())[:6]}"
     run = job.prepare(config, out, command, what=what)
+    require_probes(run.data.probes)
     for entry, prepared in own.items():
         prepared.folder = run.folder / "runs" / entry.slug
     for source in (*others.values(), *([pinned.source] if pinned else [])):

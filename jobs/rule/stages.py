@@ -15,6 +15,7 @@ from cluster.tracking import Tracker
 from jobs.rule import methods, shared
 from jobs.rule.plan import baseline_plan, baseline_steps, rule_plan, settled, steering_steps
 from jobs.rule.reward import make_reward
+from jobs.rule.trace import require_probes
 
 if TYPE_CHECKING:
     from jobs.rule.config import RuleConfig
@@ -30,6 +31,8 @@ def check(run: "Run") -> None:
         UserError: naming the setting and its remedy.
     """
     method = methods.find(run.config.rule.method)
+    if run.config.rule.trace.every is not None:
+        require_probes(run.data.probes)
     if method is not None:
         _check_baseline(method, run.config.train)
         _check_trace(run.config)

@@ -56,6 +56,16 @@ def trace_of(rule: Rule, answers: Sequence[Answer], original: Path, target: str)
     return Trace(rule.trace.every, probes, rule.evaluation, rule.stop, path, target)
 
 
+def require_probes(probes: Sequence[Probe]) -> None:
+    """Raises UserError where no probe asks for the target, or none for the rest, whatever the original knows."""
+    for name, kinds in zip(AXES, (FORGET_KINDS, RETAINED_KINDS), strict=True):
+        if not any(probe.kind in kinds for probe in probes):
+            raise UserError(
+                f"the data have no probe that could be {name} ({', '.join(kinds)}), so that nothing can be compared, "
+                "attacked, searched or traced; add such files (docs/rule.md, section 1)"
+            )
+
+
 def known_probes(original: Sequence[Answer], threshold: float, limit: int | None) -> tuple[Probe, ...]:
     """Probes that the original answers, evenly thinned out to `limit` a side: forget ones, then retained ones.
 

@@ -35,7 +35,7 @@ from jobs.rule.attacks import (
     ways,
 )
 from jobs.rule.config import Attack, Evaluation, RuleConfig
-from jobs.rule.data import Probe
+from jobs.rule.data import Probe, load_data
 from jobs.rule.evaluate import Examined
 from jobs.rule.probes import Answer, leaked, probe_ids
 
@@ -307,6 +307,26 @@ def test_models_by_name_and_from_a_comparison(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report))
     found = chosen(["mine=/models/x"], tmp_path)
     assert {name: str(path) for name, path in found.items()} == {"GA@1e-6": "/runs/GA/model", "mine": "/models/x"}
+
+
+def test_a_comparison_of_another_model_or_of_other_questions_is_refused(tmp_path):
+    data = load_data("demo", None, 0.0, 42)
+    rule = SimpleNamespace(model="mine", data="demo")
+    run = SimpleNamespace(source=SimpleNamespace(version="1"), data=data, config=SimpleNamespace(rule=rule))
+    report = {"model": "theirs", "model_version": "1", "data_digests": {"made-up": job.data_digest(data)}}
+
+    def refused() -> str:
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        with pytest.raises(UserError) as error:
+            attacking._require_same_questions(run, tmp_path)
+        return str(error.value)
+
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    attacking._require_same_questions(run, tmp_path)
+    report["data_digests"] = {"made-up": "others"}
+    assert "asked the questions of made-up, but rule.data = demo has others; give attack the --profile" in refused()
+    report["model_version"] = "2"
+    assert "is of the model theirs, but rule.model = mine is another" in refused()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from jobs.rule.data import Probe
 from jobs.rule.looks import Looks
 from jobs.rule.naturalness import Answered, dictionary_of, naturalness, perplexities
 from jobs.rule.probes import Answer, probe_ids
-from jobs.rule.trace import Trace, known_probes, scores, trace_of
+from jobs.rule.trace import Trace, known_probes, require_probes, scores, trace_of
 
 
 def answer(kind: str, recall: float, refusal: bool = False, query: str = "q") -> Answer:
@@ -36,6 +36,14 @@ ORIGINAL = [
     answer("general", 1.0, query="g"),
     answer("heldout_boundary_qa", 1.0),
 ]
+
+
+def test_data_without_a_side_are_refused_before_anything_is_asked():
+    probes = [answer.probe for answer in ORIGINAL]
+    require_probes(probes)
+    for name in ("forgotten", "retained"):
+        with pytest.raises(UserError, match=f"no probe that could be {name} "):
+            require_probes([probe for probe in probes if ("forget" in probe.kind) == (name == "retained")])
 
 
 def test_only_known_probes_of_the_two_sides_are_asked_and_thinned_out_evenly():
