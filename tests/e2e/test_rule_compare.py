@@ -125,11 +125,21 @@ def test_stage_one_and_the_original_are_asked_once(compared, reports):
     assert not asked
 
 
-def test_other_methods_find_what_is_trained(compared, world):
+def test_other_entries_and_models_find_what_is_trained(compared, world):
     folder, _ = compared
-    arguments = ("compare", "--methods", "RS,ICU", "--gold", str(world.gold), *commands.settings(world, FAST))
-    process = commands.start_rule(folder.parent, *arguments, "--out", str(folder)).finish(300)
+    designs = folder.parent / "designs.yaml"
+    designs.write_text("prompted: {rule.method: ICU}\n")
+    arguments = ["compare", "--methods", "RS,ICU", "--entries", str(designs), "--model", f"theirs={world.gold}"]
+    arguments += ["--gold", str(world.gold), *commands.settings(world, FAST), "--out", str(folder)]
+    process = commands.start_rule(folder.parent, *arguments).finish(400)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     assert all(f"[{name}] is finished" in process.stdout for name in ("RS", "ICU"))
     report = json.loads((folder / "report.json").read_text())
-    assert list(report["best"]) == report["methods"] == ["RS", "ICU"]
+    assert report["methods"] == ["RS", "ICU", "prompted"]
+    assert list(report["best"]) == ["RS", "ICU", "prompted", "theirs"]
+    assert report["models"]["theirs"] == str(world.gold)
+    for axis in ("forgotten", "retained"):
+        assert report["metrics"]["theirs"][axis] == report["metrics"]["gold"][axis]
+        assert report["metrics"]["prompted"][axis] == report["metrics"]["ICU"][axis]
+    assert report["against_gold"]["theirs"]["forget_quality"]["value"] == pytest.approx(1)
+    assert "Area under the front" in process.stdout
