@@ -75,15 +75,16 @@ def _point(look: Mapping[str, float], objectives: Sequence[str]) -> tuple[float,
 def importance(plan: Plan, looked: Sequence[Record]) -> dict[str, float]:
     """Share of each name of the space in the variance of the spanned volume (fANOVA), falling.
 
-    Of all trials at the last step that all were looked at, for else it would tell who was ended early. Empty for few
-    trials, and where all span the same.
+    Of drawn trials at the last step that all were looked at, for else it would tell who was ended early. Empty for few
+    trials, without such a step, and where all span the same.
     """
     import optuna
 
-    others = [record for record in looked if record.values]
-    common = min((record.last_step for record in others), default=0)
-    at_common = [[look for look in record.looks if look["step"] <= common][-1] for record in others]
-    drawn = [(record, spanned(look, plan.objectives)) for record, look in zip(others, at_common, strict=True)]
+    by_step = {record.number: {look["step"]: look for look in record.looks} for record in looked if record.values}
+    common = max(set.intersection(*map(set, by_step.values())) if by_step else (), default=None)
+    if common is None:
+        return {}
+    drawn = [(record, spanned(by_step[record.number][common], plan.objectives)) for record in looked if record.values]
     if len(drawn) < IMPORTANCE_FROM or len({value for _, value in drawn}) == 1:
         return {}
     space = distributions(plan.space)

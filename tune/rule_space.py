@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +108,11 @@ def resolved(base: RuleConfig, space: Space, values: Values) -> str:
 
 def without_halving(base: RuleConfig, config: SearchConfig) -> str:
     """A line where no trial can be ended early, else an empty one."""
-    last, first = base.rule.rebo.steps * base.rule.rebo.updates_per_rollout, base.rule.trace.every
-    for name, step in (("rule.trace.every", first), ("tune.rule.grace_steps", config.tune.rule.grace_steps)):
-        if step >= last:
-            return f"no trial is ended early: {name} = {step} is not below its {last} updates\n"
-    return ""
+    last, every = base.rule.rebo.steps * base.rule.rebo.updates_per_rollout, base.rule.trace.every
+    grace = config.tune.rule.grace_steps
+    if every * ceil(max(every, grace) / every) < last:
+        return ""
+    return (
+        f"no trial is ended early: of its {last} updates, looked at each rule.trace.every = {every}, none is looked at "
+        f"between tune.rule.grace_steps = {grace} and the last\n"
+    )

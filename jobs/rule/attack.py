@@ -56,7 +56,9 @@ def chosen(named: Sequence[str], comparison: Path | None) -> dict[str, Path]:
     if comparison is not None:
         report = read_json(comparison / "report.json")
         if not isinstance(report, dict) or report.get("job") != "compare" or "models" not in report:
-            raise UserError(f"--comparison {comparison} holds no finished comparison of this version; name its folder")
+            raise UserError(
+                f"--comparison {comparison} holds no finished comparison; name its folder, or run the comparison again"
+            )
         found = {name: Path(report["models"][name]) for name in report["best"].values()}
     found |= named_models(named, {*found, ORIGINAL})
     if not found:
@@ -185,7 +187,8 @@ def _require_same_questions(run: job.Run, comparison: Path) -> None:
     if report["model_version"] != run.source.version:
         raise UserError(
             f"--comparison {comparison} is of the model {report['model']}, but rule.model = {run.config.rule.model} is "
-            "another; give attack the --profile, --config and --set of the comparison"
+            "another, or has another revision or chat form; give attack the --profile, --config and --set of the "
+            "comparison"
         )
     if list(report["data_digests"].values()) != [job.data_digest(run.data)]:
         raise UserError(

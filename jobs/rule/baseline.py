@@ -64,7 +64,7 @@ def unlearn(task: BaselineTask, recorder: Recorder) -> None:
     tokenizer = load_tokenizer(task.model)
     beside = method.needs_original_model and task.train.lora is None  # with LoRA it is the model without its adapters
     original, sharded = None, task.train.strategy == "fsdp"
-    if beside or method.needs_original:
+    if method.needs_original or (beside and not sharded):
         precision = task.train.precision if sharded else "float32"  # FSDP computes in bfloat16 weights, DDP in autocast
         original = load_model(task.model, precision).requires_grad_(False)
     corpora = {
@@ -176,18 +176,18 @@ class TrainingStep:
         """See `Step`."""
         texts = [row[corpus] for row in self.inputs]
         device = self.trainer.accelerator.device
-        logprobs, text = [], []
+        logprobs, of = [], []
         for row, counts in self._rows(corpus):
             kept = slice(None) if counts else slice(0)  # an empty slice of it still takes part in the backward pass
             logprobs.append(row_logprobs(self.model, row, 1.0)[kept])
-            text.append(row.sequence[kept])
-        by_token, of = torch.cat(logprobs), torch.cat(text)
-        total = torch.zeros(len(texts), device=device).index_add(0, of, by_token)
+            of.append(row.sequence[kept])
+        by_token, text_of = torch.cat(logprobs), torch.cat(of)
+        total = torch.zeros(len(texts), device=device).index_add(0, text_of, by_token)
         tokens = torch.tensor([float(len(text.completion)) for text in texts], device=device)
         original = None
         if texts[0].original is not None:
             original = torch.tensor([text.original for text in texts], device=device)
-        return Scored(total, tokens, original, self.share(corpus), by_token[of.argsort(stable=True)])
+        return Scored(total, tokens, original, self.share(corpus), by_token[text_of.argsort(stable=True)])
 
     def divergence(self, corpus: Corpus) -> Tensor:
         """See `Step`."""

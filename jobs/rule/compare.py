@@ -120,7 +120,7 @@ def compare(
     known = read_json(run.folder / "report.json")
     versions = {name: source.version for name, source in others.items()}
     asked = [entry.name for entry in chosen], versions
-    if known is not None and not known["failures"] and (known["methods"], known.get("checkpoints")) == asked:
+    if known is not None and not known["failures"] and (known["methods"], known.get("model_versions")) == asked:
         print(f"this comparison is finished (--fresh starts it over): {run.folder}")
         show(known)
         return run.folder / "report.json"
@@ -154,18 +154,21 @@ def compare(
             raise JobFailure(f"no method finished; the first: {next(iter(failures.values()))}")
         if pinned is not None:
             outcomes.append(_model_outcome(run, tradeoff.GOLD, pinned.source, original))
-        content = job.provenance(run, tracker) | _content(own, failures) | {"checkpoints": versions}
+        content = job.provenance(run, tracker) | _content(own, failures) | {"model_versions": versions}
         content |= tradeoff.summary(outcomes, config.rule.seed)
         if pinned is not None:
             best = {name: Path(content["models"][name]) for name in content["best"].values()}
-            scored = gold_scores(run, {"original": run.source.path} | best, pinned)
+            scored = gold_scores(run, {"original": run.source.path} | best, pinned, versions, failures)
+            content["failures"] = failures
             content["against_gold"] = {
                 name: {key: metric.to_json() for key, metric in found.items()} for name, found in scored.items()
             }
+        attempt = run.state.get("attempts", 0)  # MLflow keeps what a step has
         for one in outcomes:
             found = content["metrics"][one.name] | content.get("against_gold", {}).get(one.name, {})
             flat = {name: metric["value"] for name, metric in found.items()}
-            tracker.metrics(flat, step=0, stage=one.name.replace("@", "-"))
+            tracker.metrics(flat, step=attempt, stage=one.name.replace("@", "-"))
+        run.save(attempts=attempt + 1)
         plot = run.folder / "plots" / "tradeoff.png"
         plot.parent.mkdir(exist_ok=True)
         tradeoff.figure(content).savefig(plot, dpi=150)
@@ -231,8 +234,9 @@ def _prepared(
     require_probes(run.data.probes)
     for entry, prepared in own.items():
         prepared.folder = run.folder / "runs" / entry.slug
-    for source in (*others.values(), *([pinned.source] if pinned else [])):
-        check_lengths(source.path, job.chosen_probes(run), config.rule.evaluation)
+    asked = others | ({"gold": pinned.source} if pinned else {})
+    for name, source in asked.items():
+        check_lengths(source.path, job.chosen_probes(run), config.rule.evaluation, name)
     return run, own, pinned, others
 
 
@@ -242,7 +246,7 @@ def _require_same_texts(own: Mapping[Entry, job.Run]) -> None:
         state = read_json(prepared.folder / runs.STATE)
         if state is not None and state.get("identity") != prepared.state["identity"]:
             raise UserError(
-                f"{prepared.folder} holds {entry.name} trained with other settings than it has now, or on other texts "
+                f"{prepared.folder} holds {entry.name} of other settings than it has now, or trained on other texts "
                 f"than {prepared.config.rule.data} has; take another label or --out, or --fresh to train all entries "
                 "of this folder again"
             )

@@ -64,10 +64,10 @@ def spent(run: "Run") -> list[Spent]:
 def data_used(run: "Run") -> dict[str, float | None]:
     """Tokens that a method reads, as shares of the forget and of the retain corpus; None where there is no corpus.
 
-    RULE reads the questions of both stages with their refusals, and boundary questions without answers; RS and RT
-    those of the first stage. A method on texts reads its whole forget corpus, and as many texts of the retain corpus,
-    each up to `rule.baseline.max_tokens`; less where a training ended, or is to end, within its first epoch. Plain
-    tokens, without a template.
+    RULE reads the questions of both stages with their refusals, each pair counted once, and boundary questions without
+    answers; RS and RT those of the first stage. A method on texts reads its whole forget corpus, and as many texts of
+    the retain corpus, each up to `rule.baseline.max_tokens`; less where a training ended, or is to end, within its
+    first epoch. Plain tokens, without a template.
     Source: RULE, token accounting of the main table.
     """
     tokenizer, data, rule = load_tokenizer(run.source.path), run.data, run.config.rule

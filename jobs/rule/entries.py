@@ -16,6 +16,7 @@ from jobs.rule.config import RuleConfig
 
 NAME = re.compile(r"[\w+@-][\w.+@-]*")
 LABEL = re.compile(r"[\w+-][\w.+-]*")  # METHOD@LEARNING_RATE is a run of METHOD
+FILES = (".yaml", ".log")  # beside the folders of runs
 OWN = ("rule.method", "rule.rebo.", "rule.steering.", "rule.boundary.", "rule.baseline.")
 
 
@@ -97,22 +98,31 @@ def from_file(path: Path, config: RuleConfig) -> list[Entry]:
         UserError: the file cannot be read or has another form; a label that is no name; a key that may not differ.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--entries {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"--entries {path} must hold labels, and below each the keys in which it differs")
     found = []
+    written = [key.value for key, _ in node.value]
+    if twice := {label for label in written if written.count(label) > 1}:
+        raise UserError(f"--entries {path} has {min(twice)} twice; give each label once")
     for label, keys in content.items():
-        if not isinstance(label, str) or not LABEL.fullmatch(label):
-            raise UserError(f"--entries {path}: {label!r} is no label; take letters, digits and . + - _, no dot first")
+        if not isinstance(label, str):
+            raise UserError(f"--entries {path}: YAML reads {label!r} there, which is no label; quote it")
+        if not LABEL.fullmatch(label) or label.endswith(FILES):
+            raise UserError(
+                f"--entries {path}: {label!r} is no label; take letters, digits and . + - _, no dot first, and no "
+                f"{' or '.join(FILES)} last"
+            )
         if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
             raise UserError(f"--entries {path}: below {label} stand no keys, such as rule.rebo.advantage: rloo")
         for key in keys:
             if not key.startswith(OWN):
                 raise UserError(
                     f"--entries {path}: {label} sets {key}, but entries are asked the same questions on the same "
-                    f"cluster; they may differ in {', '.join(OWN)}"
+                    f"cluster; they may differ in {', '.join(OWN)}, written with dots, as rule.rebo.advantage: rloo"
                 )
         entry = Entry(str(keys.get("rule.method", config.rule.method)), label=label, keys=keys)
         methods.find(entry.method)
@@ -121,16 +131,32 @@ def from_file(path: Path, config: RuleConfig) -> list[Entry]:
 
 
 def require_distinct(found: Sequence[Entry], models: Collection[str]) -> None:
-    """Raises UserError where two entries or models have one name or folder, or one stands for a kind of row."""
-    taken = {"original", "gold"}
+    """Raises UserError where a label or a model has the name, the group or the folder of another row.
+
+    Of one group the best is taken, so that a model would stand for a method, or hide behind one.
+    """
+    taken = {"original", "gold", *(name.casefold() for one in found if one.label is None for name in _names(one))}
     for entry in found:
-        for name in {entry.name, entry.slug}:
-            if name.casefold() in taken:
-                raise UserError(f"there are two entries {name} (or the name is taken: original, gold); rename one")
-        taken |= {entry.name.casefold(), entry.slug.casefold()}
+        if entry.label is not None:
+            _require_free(f"label {entry.label}", _names(entry), taken)
+            taken |= {name.casefold() for name in _names(entry)}
     for name in models:
+        _require_free(f"--model {name}", {name, group_of(name)}, taken)
+
+
+def group_of(name: str) -> str:
+    """The method of METHOD@LEARNING_RATE, or of a model that is named so."""
+    return name.partition("@")[0]
+
+
+def _names(entry: Entry) -> set[str]:
+    return {entry.name, entry.group, entry.slug}
+
+
+def _require_free(what: str, names: Collection[str], taken: Collection[str]) -> None:
+    for name in sorted(names):
         if name.casefold() in taken:
-            raise UserError(f"--model {name}: there is an entry {name} already; take another name")
+            raise UserError(f"{what}: {name} is another row's name or method (or original, or gold); take another name")
 
 
 def named_models(texts: Sequence[str], taken: Collection[str]) -> dict[str, Path]:

@@ -53,8 +53,8 @@ class Examined:
     truth_ratios: list[float] = field(default_factory=list)
 
 
-def check_lengths(model: Path, probes: Sequence[Probe], settings: Evaluation) -> None:
-    """Raises UserError where a probe and its answer are longer than the model's context."""
+def check_lengths(model: Path, probes: Sequence[Probe], settings: Evaluation, name: str = "the model") -> None:
+    """Raises UserError where a probe and its answer are longer than the context of the model, told as `name`."""
     from transformers import AutoConfig
 
     from cluster.models import context_length, load_tokenizer
@@ -64,7 +64,7 @@ def check_lengths(model: Path, probes: Sequence[Probe], settings: Evaluation) ->
     for probe in probes:
         size = len(probe_ids(tokenizer, probe, settings.prompt_form))
         if size + settings.max_new_tokens > context:
-            longer = f"more than the model's context of {context}"
+            longer = f"more than {name}'s context of {context}"
             raise UserError(
                 f"the {probe.kind} probe {probe.query[:37]!r}... has {size} tokens, {longer} with "
                 f"rule.evaluation.max_new_tokens = {settings.max_new_tokens}; lower it or shorten the probe"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import models, session
+from cluster import cli, models, session
 from cluster.config import Generation, Train
-from cluster.report import Metric, read_json, write_json
+from cluster.report import Metric, digest, read_json, write_json
 from jobs.rule.config import Evaluation
 from jobs.rule.job import EVALUATION_LIMIT_S, Run
 from jobs.rule.tofu import TofuRow, forget_quality
@@ -43,15 +43,26 @@ class TofuTask:
     stop: tuple[str, ...] = ()
 
 
-def gold_scores(run: Run, asked: Mapping[str, Path], gold: Gold) -> dict[str, dict[str, Metric]]:
+def gold_scores(
+    run: Run, asked: Mapping[str, Path], gold: Gold, versions: Mapping[str, str], failures: dict[str, str]
+) -> dict[str, dict[str, Metric]]:
     """`forget_quality` against `gold` and `model_utility` of each model in `asked`, and of gold its utility.
 
-    A score is left out where the files that it needs are not there.
+    A score is left out where the files that it needs are not there. What fails of a model that `versions` names, of
+    which nothing is known but that digest of its files, stands in `failures` and does not end the rest.
     """
     if gold.rows is None:
         return {}
     everyone = {**asked, "gold": gold.source.path}
-    scored = {name: _scored(run, name, path, gold.rows) for name, path in everyone.items()}
+    scored: dict[str, dict[str, Any]] = {}
+    for name, path in everyone.items():
+        kept = name if name not in versions else f"{name}-{digest(versions[name])[:8]}"
+        try:
+            scored[name] = _scored(run, kept, path, gold.rows)
+        except Exception as error:
+            if name not in versions:
+                raise
+            failures[name] = cli.sentence(cli.root_cause(error))
     found: dict[str, dict[str, Metric]] = {}
     for name, one in scored.items():
         found[name] = {}

@@ -12,6 +12,7 @@ from cluster.recorder import HISTORY
 from cluster.report import Metric, read_json, read_lines
 from jobs.rule.costs import Spent
 from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS
+from jobs.rule.entries import group_of
 from jobs.rule.evaluate import unpacked
 from jobs.rule.pareto import LEAST_FACTS, Point, area, front, paired_difference, verdict
 from jobs.rule.probes import Answer, facts, leaked, recalled
@@ -119,7 +120,7 @@ def model_outcome(
     point = Point(name, *(mean(found[axis]) for axis in AXES))
     copied = {short: metrics[long] for short, long in COPIED.items() if long in metrics}
     used = dict.fromkeys(("forget", "retain"))
-    group = _method_of(name)
+    group = group_of(name)
     asked_for = _facts(original, is_known)
     return Outcome(name, group, folder, folder, found, asked_for, (point,), (point,), copied, used=used)
 
@@ -291,7 +292,7 @@ def figure(content: Mapping[str, Any]) -> "Figure":
 
     drawn = Figure(figsize=(9.6, 6), layout="constrained")
     axes = drawn.add_subplot()
-    methods = {name: _method_of(name) for name in content["metrics"]}
+    methods = {name: group_of(name) for name in content["metrics"]}
     different = list(dict.fromkeys(methods.values()))
     colours = dict(zip(different, _colours(len(different)), strict=True))
     for name, metrics in content["metrics"].items():
@@ -336,7 +337,7 @@ def _scores(answers: Sequence[Answer], is_known: Sequence[bool]) -> dict[str, li
     found = scores(probes, [answer.rouge_l_recall for answer in chosen])
     if not all(found.values()):
         side = "forget" if not found["forgotten"] else "retained"
-        raise UserError(f"the original model answers no {side} probe, so that methods cannot be compared; take others")
+        raise UserError(f"the original model answers no {side} probe, so that nothing can be compared; take others")
     stems = scores(probes, [leaked(answer.completion, answer.probe.answer) for answer in chosen])
     return found | dict(zip(STEMMED, stems.values(), strict=True))
 
@@ -363,10 +364,6 @@ def _differences(one: Outcome, other: Outcome, seed: int) -> dict[str, Any]:
 
 def _spans(one: Outcome) -> float:
     return one.point.forgotten * one.point.retained
-
-
-def _method_of(name: str) -> str:
-    return name.partition("@")[0]
 
 
 def _cell(metric: Mapping[str, Any] | None, factor: float) -> str:

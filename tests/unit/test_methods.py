@@ -95,7 +95,10 @@ def test_every_method_of_the_table_is_there():
         method = methods.find(name)
         assert method.name == name
         assert method.source
-        assert method.retain_term is None or "retain" in method.corpora
+        assert name.partition("+")[2] == (method.retain_term or "")
+    trained = {name: methods.find(name) for name in table.split() if methods.find(name) is not None}
+    reads = {name for name, method in trained.items() if "retain" in method.corpora}
+    assert reads == {name for name in trained if "+" in name or name == "RMU"}
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("npo", "NPO"), ("SimNPO+KRL", "SimNPO+KLR"), ("RMV", "RMU"), ("", "")])

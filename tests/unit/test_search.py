@@ -300,6 +300,21 @@ def test_few_trials_and_equal_ones_tell_no_importance(plan, records):
     assert report.summary(plan.plan, equal)["importance"] == {}
 
 
+def test_importance_is_told_at_a_step_that_all_were_looked_at(plan):
+    early = [Record(n, {"x": n / 10, "y": "a"}, STOPPED, looks(n / 10)) for n in (1, 3, 5, 7)]
+    late = [Record(n, {"x": n / 10, "y": "b"}, COMPLETE, looks(n / 10, 0.9, 0.9, 0.9)) for n in (2, 4, 6, 8)]
+    found = report.importance(plan.plan, [*early, *late])
+    # at the first look x alone decides; at the last ones y would, which the trials that went on have in common
+    assert found["x"] > found["y"]
+    alone = [Record(one.number, one.values, one.state, one.looks[-1:]) for one in (*early, *late)]
+    at_the_end = report.importance(
+        plan.plan, [replace(one, looks=[told(2, one.looks[0]["forgotten"])]) for one in alone]
+    )
+    assert at_the_end["y"] > at_the_end["x"]
+    odd = Record(9, {"x": 0.9, "y": "b"}, COMPLETE, [told(1, 0.5)])
+    assert report.importance(plan.plan, [*early, *late, odd]) == {}
+
+
 def test_every_look_is_a_configuration_of_so_many_steps(plan, records):
     early = Record(8, LOW, STOPPED, [{"step": 2, "forgotten": 0.05, "retained": 1.0}])
     on_the_way = {"step": 4, "forgotten": 0.3, "retained": 0.9}

@@ -14,7 +14,7 @@ from cluster.errors import UserError
 from jobs.rule import job
 from tune.config import Dimension, Search
 from tune.rule import app, planned, search
-from tune.rule_space import SearchConfig, settled, usable
+from tune.rule_space import SearchConfig, settled, usable, without_halving
 from tune.space import configurations, corners, distributions, keys_of, present, require_usable
 
 SPACE = {
@@ -157,6 +157,19 @@ def test_a_trial_is_looked_at_about_a_dozen_times():
     config = load(SearchConfig, "laptop", sets=["tune.rule.naturalness=true"], environ={})
     assert settled(config)[0].rule.trace.naturalness
     assert Search().trials == 24
+    config = load(SearchConfig, "laptop", sets=["rule.trace.naturalness=true"], environ={})
+    with pytest.raises(UserError, match=r"set tune\.rule\.naturalness=true instead"):
+        settled(config)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "grace", "ends"), [(60, 5, 4, True), (12, 5, 11, False), (12, 12, 4, False), (12, 5, 12, False)]
+)
+def test_where_no_trial_can_end_early_it_is_told(steps, every, grace, ends):
+    sets = [f"rule.rebo.steps={steps}", f"rule.trace.every={every}", f"tune.rule.grace_steps={grace}"]
+    config = load(SearchConfig, "laptop", sets=sets, environ={})
+    told = without_halving(settled(config)[0], config)
+    assert told == "" if ends else told.startswith(f"no trial is ended early: of its {steps} updates")
 
 
 def test_only_rule_has_a_stage_to_search():
