@@ -306,10 +306,8 @@ def test_importance_is_told_at_a_step_that_all_were_looked_at(plan):
     found = report.importance(plan.plan, [*early, *late])
     # at the first look x alone decides; at the last ones y would, which the trials that went on have in common
     assert found["x"] > found["y"]
-    alone = [Record(one.number, one.values, one.state, one.looks[-1:]) for one in (*early, *late)]
-    at_the_end = report.importance(
-        plan.plan, [replace(one, looks=[told(2, one.looks[0]["forgotten"])]) for one in alone]
-    )
+    ends = [Record(one.number, one.values, one.state, looks(one.looks[-1]["forgotten"])) for one in (*early, *late)]
+    at_the_end = report.importance(plan.plan, ends)
     assert at_the_end["y"] > at_the_end["x"]
     odd = Record(9, {"x": 0.9, "y": "b"}, COMPLETE, [told(1, 0.5)])
     assert report.importance(plan.plan, [*early, *late, odd]) == {}
