@@ -100,7 +100,7 @@ def from_file(path: Path, config: RuleConfig) -> list[Entry]:
     try:
         text = path.read_text(encoding="utf-8")
         content, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # no UTF-8, and 2026-13-45, which is no date
         raise UserError(f"--entries {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"--entries {path} must hold labels, and below each the keys in which it differs")

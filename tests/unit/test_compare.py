@@ -257,6 +257,7 @@ def test_a_file_holds_configurations_under_labels(tmp_path):
     [
         (None, "cannot be read as YAML: .*No such file"),
         ("a: [", "cannot be read as YAML"),
+        ("2026-13-45: {rule.rebo.steps: 3}", "cannot be read as YAML"),
         ("- RULE", "must hold labels"),
         ("", "must hold labels"),
         ("a: {rule.rebo.steps: 3}\na: {rule.rebo.steps: 4}", "has a twice"),
