@@ -91,8 +91,7 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
 
     known = read_json(own.folder / "report.json")
     ended = [record.number for record in recorded(own.folder) if record.state != RUNNING]
-    # one of fewer trials, or of before steps were counted by history, is made anew from the records
-    told = known is not None and "of_failed_trials" in known["steps"] and reported(known) == ended
+    told = known is not None and reported(known) == ended  # one of fewer trials is made anew from the records
     if told and len(ended) >= config.tune.rule.trials:
         print(f"this search is finished (--fresh starts it over): {own.folder}")
         _show(known)

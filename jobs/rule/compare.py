@@ -120,7 +120,7 @@ def compare(
     known = read_json(run.folder / "report.json")
     versions = {name: source.version for name, source in others.items()}
     asked = [entry.name for entry in chosen], versions
-    if known is not None and not known["failures"] and (known["methods"], known.get("model_versions")) == asked:
+    if known is not None and not known["failures"] and (known["methods"], known["model_versions"]) == asked:
         print(f"this comparison is finished (--fresh starts it over): {run.folder}")
         show(known)
         return run.folder / "report.json"

@@ -44,8 +44,8 @@ class Outcome:
     """One finished run of a comparison, or a model that was given to it.
 
     name, method: of entries of one method the best is taken (`entries.Entry.group`). folder, model: of the run, and of
-    what it made. scores: axis -> value of each known probe, after the last stage, 0 to 1, more
-    is better, by the recall of RULE's package and of stems. facts: axis -> what each of these probes asks for.
+    what it made. scores: axis -> value of each known probe, after the last stage, 0 to 1, more is better, by the recall
+    of RULE's package and of stems. facts: axis -> what each of these probes asks for.
     trace: points of its looks and stages in order, the last one the result. stages: those that are of all known probes.
     copied: metrics of its report. seconds: of training, None where nobody knows. tokens, used: as in `jobs.rule.costs`.
     reached: what had been spent at the first look that had forgotten half of what the original knew and kept HALF_KEEPS
