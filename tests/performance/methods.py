@@ -30,7 +30,7 @@ RATES = {
     "DPO": FADING,
     **{f"GA{term}": ASCENT for term in ("", "+GDR", "+KLR")},
     **{f"{method}{term}": FADING for method in ("NPO", "SimNPO") for term in ("", "+GDR", "+KLR")},
-    "RMU": (1e-3, 3e-3, 1e-2),
+    "RMU": (3e-2, 6e-2, 1e-1),
 }
 LOOK_EVERY = 2
 
