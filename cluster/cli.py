@@ -33,12 +33,13 @@ ConfigFile = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", help="The run's folder; by default STORAGE/SYSTEM/DIGEST of the configuration."),
+    typer.Option(
+        "--out",
+        help="The job's folder; by default STORAGE/SYSTEM/DIGEST, or WHAT-DIGEST of other commands than run.",
+    ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over where an earlier run of this configuration stands.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print configuration, batch plan and memory plan; run nothing.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print configuration and plan; run nothing.")]
 
 
 def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
@@ -56,9 +57,9 @@ def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         app(arguments)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            print("interrupted; run the same command again to continue", file=sys.stderr)
+            print("interrupted; run the same command again, without --fresh, to continue", file=sys.stderr)
         if end.code == signal.SIGTERM:
-            print("terminated; run the same command again to continue", file=sys.stderr)
+            print("terminated; run the same command again, without --fresh, to continue", file=sys.stderr)
             return TERMINATED
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:

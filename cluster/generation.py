@@ -291,15 +291,14 @@ def open_engine(path: "Path", settings: "Generation", train: "Train", max_tokens
     """The engine that the configuration asks for, with the model in `path`; `max_tokens` is prompt and completion."""
     import torch
 
-    from cluster.models import load_model, load_tokenizer, stop_ids
+    from cluster.models import load_tokenizer, scoring_model, stop_ids
 
-    gpu = bool(train.gpus_per_worker)
     if chosen_engine(settings, train) == "vllm":
         from cluster.vllm_engine import VllmEngine
 
         return VllmEngine(path, settings, train, max_tokens, seed)
-    if not gpu:
+    if not train.gpus_per_worker:
         torch.set_num_threads(train.cpus_per_worker)
-    model = load_model(path, train.precision if gpu else "float32").to("cuda" if gpu else "cpu")
+    model = scoring_model(path, train)
     tokenizer = load_tokenizer(path)
     return TransformersEngine(model, tokenizer, stop_ids(model, tokenizer), settings.max_batch_sequences)

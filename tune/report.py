@@ -126,7 +126,7 @@ def table(content: Mapping[str, Any]) -> "Table":
         f"Trial 0 is the configuration as it is. {_volumes(volume)}\n"
         f"Steps: {steps['trained']} of {steps['planned']}, {100 * steps['saved']:.0f} % saved; not counted: "
         f"{steps['of_failed_trials']} of trials that failed, stage 1, and what a resume repeats.\n"
-        "Figures have 95 % intervals over a look's probes; the best of many looks leans to the good side."
+        "Figures have 95 % intervals over the facts that are asked for; the best of many looks leans to the good side."
     )
     shown.caption_justify = "left"
     return shown

@@ -34,7 +34,7 @@ from jobs.rule.attacks import (
 )
 from jobs.rule.config import MOST, Rule, RuleConfig, Steering
 from jobs.rule.data import Probe, Refusal, data_folder
-from jobs.rule.entries import named_models
+from jobs.rule.entries import named_models, slug
 from jobs.rule.in_context import in_form
 from jobs.rule.plan import rule_plan
 from jobs.rule.probes import Answer, as_asked, facts
@@ -139,7 +139,7 @@ def _concluded(
         write_lines(one.samples, run.folder / "samples" / f"{name}.jsonl")
         tracker.samples(one.samples, name)
         tracker.metrics(
-            {key: metric["value"] for key, metric in content["metrics"][name].items()}, step=attempt, stage=name
+            {key: metric["value"] for key, metric in content["metrics"][name].items()}, step=attempt, stage=slug(name)
         )
     run.save(attempts=attempt + 1)
     tracker.artifact(plot, "plots")

@@ -95,7 +95,7 @@ def unlearn(task: BaselineTask, recorder: Recorder) -> None:
         callbacks = [training.CheckpointCallback(recorder)]
         if task.trace is not None:
             engine = partial(policy_engine, model, tokenizer, task.generation, task.train)
-            callbacks.append(Looks(task.trace, tokenizer, recorder, engine))
+            callbacks.append(Looks(task.trace, task.train, tokenizer, recorder, engine))
         trainer = BaselineTrainer(
             model=model,
             args=arguments,

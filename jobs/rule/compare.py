@@ -27,7 +27,7 @@ from cluster.report import digest, read_json
 from jobs.rule import costs, job, stages, tradeoff
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import data_folder
-from jobs.rule.entries import Entry, require_distinct
+from jobs.rule.entries import Entry, require_distinct, slug
 from jobs.rule.evaluate import Examined, check_lengths, score
 from jobs.rule.gold import Gold, gold_scores
 from jobs.rule.in_context import in_form
@@ -167,7 +167,7 @@ def compare(
         for one in outcomes:
             found = content["metrics"][one.name] | content.get("against_gold", {}).get(one.name, {})
             flat = {name: metric["value"] for name, metric in found.items()}
-            tracker.metrics(flat, step=attempt, stage=one.name.replace("@", "-"))
+            tracker.metrics(flat, step=attempt, stage=slug(one.name))
         run.save(attempts=attempt + 1)
         plot = run.folder / "plots" / "tradeoff.png"
         plot.parent.mkdir(exist_ok=True)

@@ -46,9 +46,8 @@ class Entry:
 
     @property
     def slug(self) -> str:
-        """The name of its folder."""
-        name = self.group.replace("+", "-")
-        return name if self.learning_rate is None else f"{name}-at-{self.rate}"
+        """Its name in folders, the registry and MLflow."""
+        return slug(self.name)
 
     def applied(self, config: RuleConfig) -> RuleConfig:
         """The configuration of its run.
@@ -141,7 +140,12 @@ def require_distinct(found: Sequence[Entry], models: Collection[str]) -> None:
             _require_free(f"label {entry.label}", _names(entry), taken)
             taken |= {name.casefold() for name in _names(entry)}
     for name in models:
-        _require_free(f"--model {name}", {name, group_of(name)}, taken)
+        _require_free(f"--model {name}", {name, group_of(name), slug(name)}, taken)
+
+
+def slug(name: str) -> str:
+    """The name of a row where + and @ are no letters: NPO-KLR-at-1e-5 for NPO+KLR@1e-5."""
+    return name.replace("+", "-").replace("@", "-at-")
 
 
 def group_of(name: str) -> str:

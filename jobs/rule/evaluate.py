@@ -10,7 +10,7 @@ from cluster.config import Generation, Train
 from cluster.errors import UserError
 from cluster.report import Metric
 from jobs.rule.config import Evaluation
-from jobs.rule.data import FORGET_KINDS, Probe
+from jobs.rule.data import FORGET_KINDS, NEIGHBOR_KINDS, RETAINED_KINDS, Probe
 from jobs.rule.probes import Answer, ask, facts, known, probe_ids, probe_metrics, statements
 from jobs.scoring.entailment import Entailment
 
@@ -76,7 +76,7 @@ def examine(task: Examination) -> Examined:
     from transformers import AutoConfig
 
     from cluster.generation import open_engine
-    from cluster.models import context_length, load_model, load_tokenizer
+    from cluster.models import context_length, load_tokenizer, scoring_model
     from cluster.recorder import peak_memory_gib
     from jobs.rule.benchmarks import LONGEST_PROMPT
     from jobs.rule.naturalness import perplexities
@@ -92,14 +92,9 @@ def examine(task: Examination) -> Examined:
     engine = open_engine(task.model, task.generation, task.train, max_tokens, task.seed)
     answers = ask(engine, tokenizer, task.probes, task.settings, task.stop, _progress)
     asked = [index for index, probe in enumerate(task.probes) if probe.kind in FORGET_KINDS]
-    gpu = bool(task.train.gpus_per_worker)
     if task.entailment is not None and task.model == task.original:
-        answers = _with_entailment(answers, task, "cuda" if gpu else "cpu")
-
-    def scoring_model(path: Path):
-        return load_model(path, task.train.precision if gpu else "float32").to("cuda" if gpu else "cpu")
-
-    original = scoring_model(task.original)
+        answers = _with_entailment(answers, task, "cuda" if task.train.gpus_per_worker else "cpu")
+    original = scoring_model(task.original, task.train)
     # after the question alone, also where the model's own template says more (ICU)
     asking = load_tokenizer(task.original)
     fluency = perplexities(
@@ -113,7 +108,7 @@ def examine(task: Examination) -> Examined:
     if task.benchmarks is not None:
         from jobs.rule.benchmarks import run_benchmarks
 
-        model = original if task.model == task.original else scoring_model(task.model)
+        model = original if task.model == task.original else scoring_model(task.model, task.train)
         benchmarks, ratios = run_benchmarks(
             task.benchmarks, model, engine, tokenizer, task.settings, task.seed, task.stop
         )
@@ -143,7 +138,7 @@ def against_gold(examined: Mapping[str, Examined], seed: int) -> dict[str, dict[
     TOFU's forget quality, of the stages but gold; PrivLeak with gold's own AUC in place of the one that MUSE measured.
     """
     from jobs.rule.mia import AUC, PRIV_LEAK, relative_leak
-    from jobs.rule.tofu import forget_quality
+    from jobs.rule.tofu import FORGET_QUALITY, forget_quality
 
     if "gold" not in examined:
         return {}
@@ -151,7 +146,7 @@ def against_gold(examined: Mapping[str, Examined], seed: int) -> dict[str, dict[
     for stage, one in examined.items():
         found[stage] = {}
         if stage != "gold" and one.truth_ratios and gold.truth_ratios:
-            found[stage]["tofu/forget_quality"] = forget_quality(one.truth_ratios, gold.truth_ratios, seed)
+            found[stage][FORGET_QUALITY] = forget_quality(one.truth_ratios, gold.truth_ratios, seed)
         if AUC in one.benchmarks and AUC in gold.benchmarks:
             found[stage][PRIV_LEAK] = relative_leak(one.benchmarks[AUC], gold.benchmarks[AUC].value)
     return found
@@ -169,8 +164,7 @@ def _kept(
     from jobs.scoring.intervals import statistic_interval
 
     kept = {}
-    for name, kinds in (("neighbor", ("neighbor_fb", "neighbor_qa")), ("general", ("general",)), ("retain", None)):
-        kinds = kinds or ("neighbor_fb", "neighbor_qa", "general")
+    for name, kinds in (("neighbor", NEIGHBOR_KINDS), ("general", ("general",)), ("retain", RETAINED_KINDS)):
         pairs = [
             (after, before)
             for after, before, knows in zip(answers, original, is_known, strict=True)

@@ -13,9 +13,7 @@ from cluster.config import Generation, Train
 from cluster.report import Metric, digest, read_json, write_json
 from jobs.rule.config import Evaluation
 from jobs.rule.job import EVALUATION_LIMIT_S, Run
-from jobs.rule.tofu import TofuRow, forget_quality
-
-FORGET_QUALITY, MODEL_UTILITY = "forget_quality", "model_utility"
+from jobs.rule.tofu import FORGET_QUALITY, MODEL_UTILITY, TofuRow, forget_quality
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class TofuTask:
 def gold_scores(
     run: Run, asked: Mapping[str, Path], gold: Gold, versions: Mapping[str, str], failures: dict[str, str]
 ) -> dict[str, dict[str, Metric]]:
-    """`forget_quality` against `gold` and `model_utility` of each model in `asked`, and of gold its utility.
+    """`tofu/forget_quality` against `gold` and `tofu/model_utility` of each model in `asked`, and of gold its utility.
 
     A score is left out where the files that it needs are not there. What fails of a model that `versions` names, of
     which nothing is known but that digest of its files, stands in `failures` and does not end the rest.
@@ -90,14 +88,14 @@ def score(task: TofuTask) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from cluster.generation import open_engine
-    from cluster.models import context_length, load_model, load_tokenizer
+    from cluster.models import context_length, load_tokenizer, scoring_model
     from jobs.rule.benchmarks import LONGEST_PROMPT
     from jobs.rule.tofu import score_tofu
 
-    tokenizer, gpu = load_tokenizer(task.model), bool(task.train.gpus_per_worker)
+    tokenizer = load_tokenizer(task.model)
     context = context_length(AutoConfig.from_pretrained(task.model, local_files_only=True))
     engine = open_engine(task.model, task.generation, task.train, min(context, LONGEST_PROMPT), task.seed)
-    model = load_model(task.model, task.train.precision if gpu else "float32").to("cuda" if gpu else "cpu")
+    model = scoring_model(task.model, task.train)
     metrics, ratios = score_tofu(
         model,
         engine,
@@ -107,5 +105,5 @@ def score(task: TofuTask) -> dict[str, Any]:
         seed=task.seed,
         stop=task.stop,
     )
-    utility = metrics.get("tofu/model_utility")
+    utility = metrics.get(MODEL_UTILITY)
     return {"ratios": ratios, "utility": utility and utility.to_json()}

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import TrainerCallback
 
 from cluster import training
+from cluster.config import Train
 from cluster.generation import Generator
-from cluster.models import load_model
+from cluster.models import scoring_model
 from cluster.recorder import Recorder, rank
 from cluster.report import write_json
 from jobs.rule.data import FORGET_KINDS
@@ -29,12 +29,14 @@ class Looks(TrainerCallback):
     def __init__(
         self,
         trace: Trace,
+        train: Train,
         tokenizer: "PreTrainedTokenizerBase",
         recorder: Recorder,
         engine: Callable[[], Generator],
         done: Callable[[], None] = lambda: None,
     ) -> None:
-        self.trace, self.tokenizer, self.recorder, self.engine, self.done = trace, tokenizer, recorder, engine, done
+        self.trace, self.train, self.tokenizer, self.recorder = trace, train, tokenizer, recorder
+        self.engine, self.done = engine, done
         self.last = 0
 
     def on_step_end(
@@ -42,16 +44,16 @@ class Looks(TrainerCallback):
     ) -> None:
         """Told by the trainer."""
         if state.global_step % self.trace.every == 0:
-            self._look(state.global_step, args.device)
+            self._look(state.global_step)
 
     def on_train_end(
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: object
     ) -> None:
         """Told by the trainer, also where a stage ends before its last step."""
         if state.global_step != self.last:
-            self._look(state.global_step, args.device)
+            self._look(state.global_step)
 
-    def _look(self, step: int, device: torch.device) -> None:
+    def _look(self, step: int) -> None:
         import ray.train
 
         self.last = step
@@ -61,7 +63,7 @@ class Looks(TrainerCallback):
         answers = ask(engine, self.tokenizer, mine, self.trace.settings, self.trace.stop) if mine else []
         self.done()
         recalls = [leaked(a.completion, a.probe.answer) if self.trace.attacks else a.rouge_l_recall for a in answers]
-        mine_scored = list(zip(recalls, self._natural(answers, device), strict=True))
+        mine_scored = list(zip(recalls, self._natural(answers), strict=True))
         scored = [(0.0, 0.0)] * len(probes)
         for place, part in enumerate(training.gathered(mine_scored)):
             scored[place::world] = part
@@ -73,7 +75,7 @@ class Looks(TrainerCallback):
             write_json(found, look_file(self.recorder.folder, step))
         ray.train.report({"step": step} | means)
 
-    def _natural(self, answers: Sequence[Answer], device: torch.device) -> list[float]:
+    def _natural(self, answers: Sequence[Answer]) -> list[float]:
         """Naturalness of each answer, 0 to 1; 0 where it is not asked for, and of all but forget ones."""
         from jobs.rule.naturalness import Answered, dictionary_of, naturalness, perplexities
 
@@ -81,7 +83,7 @@ class Looks(TrainerCallback):
         chosen = [index for index, answer in enumerate(answers) if answer.probe.kind in FORGET_KINDS]
         if self.trace.original is None or not chosen:
             return found
-        original = load_model(self.trace.original, "bfloat16" if device.type == "cuda" else "float32").to(device)
+        original = scoring_model(self.trace.original, self.train)
         settings = self.trace.settings
         prompts = [probe_ids(self.tokenizer, answers[i].probe, settings.prompt_form) for i in chosen]
         texts = [answers[i].completion for i in chosen]

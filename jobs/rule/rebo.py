@@ -83,7 +83,7 @@ def rebo(task: ReboTask, recorder: Recorder) -> None:
             callbacks.append(StopAtSilence(settings.stop_at_silent))
         if task.trace is not None:
             callbacks.append(
-                Looks(task.trace, tokenizer, recorder, lambda: trainer.synced(), lambda: trainer.released())
+                Looks(task.trace, task.train, tokenizer, recorder, lambda: trainer.synced(), lambda: trainer.released())
             )
         trainer = ReboTrainer(
             model=model,

@@ -86,7 +86,7 @@ def steer(task: SteeringTask, recorder: Recorder) -> None:
             callbacks.append(StopAtStep(round(stop_after * steps_per_epoch)))
         if task.trace is not None:
             engine = partial(policy_engine, model, tokenizer, task.generation, task.train)
-            callbacks.append(Looks(task.trace, tokenizer, recorder, engine))
+            callbacks.append(Looks(task.trace, task.train, tokenizer, recorder, engine))
         trainer = SteeringTrainer(
             model=model,
             args=arguments,

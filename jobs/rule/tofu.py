@@ -35,6 +35,7 @@ FILES = {
 CHOICES = ("real_authors", "world_facts")
 UTILITY = ("retain", "real_authors", "world_facts")
 ANSWER_TOKENS = 200
+FORGET_QUALITY, MODEL_UTILITY = "tofu/forget_quality", "tofu/model_utility"
 
 
 class TofuRow(Row):
@@ -95,7 +96,7 @@ def score_tofu(
             np.stack([s.probability, s.recall, np.maximum(0, 1 - s.truth_ratio)], axis=1)
             for s in (sets[name] for name in UTILITY)
         ]
-        metrics["tofu/model_utility"] = statistic_interval(model_utility, samples, seed)
+        metrics[MODEL_UTILITY] = statistic_interval(model_utility, samples, seed)
     if "forget" not in data:
         return metrics, []
     matches = _matches(model, tokenizer, data["forget"], max_batch_tokens)

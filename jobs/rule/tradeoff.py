@@ -16,6 +16,7 @@ from jobs.rule.entries import group_of
 from jobs.rule.evaluate import unpacked
 from jobs.rule.pareto import LEAST_FACTS, Point, area, front, paired_difference, verdict
 from jobs.rule.probes import Answer, facts, leaked, recalled
+from jobs.rule.tofu import FORGET_QUALITY, MODEL_UTILITY
 from jobs.rule.trace import AXES, known_probes, scores
 from jobs.scoring.intervals import score_interval
 
@@ -29,7 +30,7 @@ TRAININGS = ("steering", "rebo", "unlearning")
 HALF_KEEPS = 0.85
 FEW_DIFFERENCES = 10
 FLOORS = (0.0, 0.4, 0.5, 0.6, 0.7)
-GOLD_SCORES = {"p(gold)": "forget_quality", "utility": "model_utility"}
+GOLD_SCORES = {"p(gold)": FORGET_QUALITY, "utility": MODEL_UTILITY}
 STEMMED = tuple(f"{axis}/stemmed" for axis in AXES)
 COPIED = {
     "refusal": "known/forget/refusal",

@@ -76,10 +76,10 @@ def test_what_was_finished_stays_and_the_rest_is_done(compared):
     assert (folder / "plots" / "tradeoff.png").stat().st_size > 10_000
     ranked = report["against_gold"]
     assert set(ranked) == {"original", "gold", *FINISHED}
-    assert "forget_quality" not in ranked["gold"]
+    assert "tofu/forget_quality" not in ranked["gold"]
     # a model that knows everything is told from one that was never told of the target
-    assert ranked["original"]["forget_quality"]["value"] < 0.01
-    assert ranked["original"]["model_utility"]["value"] > 0.5
+    assert ranked["original"]["tofu/forget_quality"]["value"] < 0.01
+    assert ranked["original"]["tofu/model_utility"]["value"] > 0.5
 
 
 def test_every_method_is_measured_as_rule_is(compared, reports):
@@ -141,5 +141,5 @@ def test_other_entries_and_models_find_what_is_trained(compared, world):
     for axis in ("forgotten", "retained"):
         assert report["metrics"]["theirs"][axis] == report["metrics"]["gold"][axis]
         assert report["metrics"]["prompted"][axis] == report["metrics"]["ICU"][axis]
-    assert report["against_gold"]["theirs"]["forget_quality"]["value"] == pytest.approx(1)
+    assert report["against_gold"]["theirs"]["tofu/forget_quality"]["value"] == pytest.approx(1)
     assert "Area under the front" in process.stdout

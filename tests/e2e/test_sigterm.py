@@ -46,5 +46,5 @@ def test_a_job_that_is_told_to_end_has_the_time_to_free_what_it_held(tmp_path):
         running.kill()
     assert process.returncode == 143, process.stderr[-4000:]
     assert process.stdout.endswith("freed\n")
-    assert process.stderr.splitlines()[-1] == "terminated; run the same command again to continue"
+    assert process.stderr.splitlines()[-1] == "terminated; run the same command again, without --fresh, to continue"
     assert "SIGTERM received" not in process.stderr

@@ -142,7 +142,7 @@ def test_a_signal_ends_it_with_everything_freed(number, status, word):
         program.kill()
     assert program.returncode == status
     assert shown == "freed\n"
-    assert told == f"{word}; run the same command again to continue\n"
+    assert told == f"{word}; run the same command again, without --fresh, to continue\n"
 
 
 def test_the_shared_options(run):

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import ray.train
-import torch
 from transformers import TrainerControl, TrainerState
 
-from cluster.config import load
+from cluster.config import Train, load
 from cluster.errors import UserError
 from cluster.generation import Completion
 from jobs.rule.config import Evaluation, RuleConfig
@@ -75,9 +74,6 @@ def test_scores_by_axis():
     assert scores(probes, [0.25, 0.5, 1.0], [0.4, 0, 0])["naturalness"] == [0.4]
 
 
-ARGUMENTS = SimpleNamespace(device=torch.device("cpu"))
-
-
 class Half:
     """Says half of each answer."""
 
@@ -94,7 +90,7 @@ def looked(tmp_path, tiny_tokenizer, monkeypatch):
     recorder = SimpleNamespace(folder=tmp_path, record=lambda step, figures: recorded.append((step, figures)))
     trace = Trace(2, known_probes(ORIGINAL, 0.5, 2), Evaluation(prompt_form="plain"))
     freed = []
-    looks = Looks(trace, tokenizer, recorder, Half, lambda: freed.append(1))
+    looks = Looks(trace, Train(), tokenizer, recorder, Half, lambda: freed.append(1))
     return SimpleNamespace(looks=looks, reported=reported, recorded=recorded, freed=freed, folder=tmp_path)
 
 
@@ -103,8 +99,8 @@ def test_every_few_steps_and_after_the_last(looked, last, steps):
     state, control = TrainerState(), TrainerControl()
     for step in range(1, last + 1):
         state.global_step = step
-        looked.looks.on_step_end(ARGUMENTS, state, control)
-    looked.looks.on_train_end(ARGUMENTS, state, control)
+        looked.looks.on_step_end(None, state, control)
+    looked.looks.on_train_end(None, state, control)
     half = {"forgotten": 0.5, "retained": 0.5}
     assert looked.recorded == [(step, half) for step in steps]
     assert looked.reported == [{"step": step} | half for step in steps]
@@ -119,7 +115,7 @@ def test_attacks_are_scored_by_what_is_told_in_whatever_form(looked, tmp_path):
     probes = tuple(replace(probe, answer="B!") for probe in probes)
     for attacks, told in ((False, 0.0), (True, 1.0)):
         looked.looks.trace = replace(looked.looks.trace, probes=probes, attacks=attacks)
-        looked.looks._look(2, ARGUMENTS.device)
+        looked.looks._look(2)
         assert looked.recorded[-1][1]["retained"] == told
 
 
@@ -127,7 +123,7 @@ def test_naturalness_is_that_of_the_evaluation(looked, tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "original")
     looked.looks.tokenizer.save_pretrained(tmp_path / "original")
     looked.looks.trace = replace(looked.looks.trace, original=tmp_path / "original", target="Ann Lee")
-    looked.looks._look(2, ARGUMENTS.device)
+    looked.looks._look(2)
     kept = json.loads((looked.folder / "looks" / "000002.json").read_text())
     tokenizer = looked.looks.tokenizer
     [first, _] = [probe for probe in looked.looks.trace.probes if probe.kind == "forget_qa"]
@@ -155,7 +151,7 @@ def test_ranks_share_the_probes_and_their_scores_keep_the_order(looked, monkeypa
     monkeypatch.setattr("jobs.rule.looks.rank", lambda: here.rank)
     monkeypatch.setattr("cluster.training.gathered", gathered)
     for here.rank in (1, 0):
-        looked.looks._look(2, ARGUMENTS.device)
+        looked.looks._look(2)
     kept = json.loads((looked.folder / "looks" / "000002.json").read_text())
     assert kept == {"forgotten": [0.0, 0.75], "retained": [1.0, 0.25]}
 
