@@ -144,8 +144,9 @@ def require_distinct(found: Sequence[Entry], models: Collection[str]) -> None:
 
 
 def slug(name: str) -> str:
-    """The name of a row where + and @ are no letters: NPO-KLR-at-1e-5 for NPO+KLR@1e-5."""
-    return name.replace("+", "-").replace("@", "-at-")
+    """The name of a row in folders, the registry and MLflow: NPO-KLR-at-1e-5 for NPO+KLR@1e-5."""
+    method, at, rate = name.partition("@")
+    return method.replace("+", "-") + ("-at-" + rate if at else "")
 
 
 def group_of(name: str) -> str:
