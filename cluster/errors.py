@@ -16,8 +16,8 @@ class Diverged(JobFailure):
     """A training whose numbers are none any more: it comes to that again however often it is restarted."""
 
 
-class NoRoom(JobFailure):
-    """The cluster had no room for as long as a job waits: the same again may find some."""
+class TryAgain(JobFailure):
+    """No fault of what was asked for, and not for ever: a full cluster or disk, a tracking store that is silent."""
 
 
 @contextmanager

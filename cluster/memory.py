@@ -7,7 +7,8 @@ float32, bfloat16 is mixed precision.
 import math
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,21 +31,36 @@ Phase = Literal["always", "rollout", "update"]
 
 @dataclass(frozen=True)
 class Node:
-    """What this machine has, in bytes; `gpus` holds the memory of each."""
+    """What this machine has, in bytes; `gpus` holds the memory of each.
+
+    cpus: its processors where the cluster may have other machines, so that workers stand elsewhere too; else None.
+    """
 
     memory: int
     gpus: tuple[int, ...]
     disk_free: int
+    cpus: int | None = None
 
 
-def this_node(storage: Path) -> Node:
-    """Memory (a container's limit where there is one), GPUs, and free disk under `storage`, which need not exist."""
+def this_node(storage: Path, joined: bool = False) -> Node:
+    """Memory (a container's limit where there is one), GPUs, and free disk under `storage`, which need not exist.
+
+    `joined`: whether it is one of a running cluster, which may have others.
+    """
+    import joblib
     import torch
     from ray._common.utils import get_system_memory
 
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     existing = next(folder for folder in (storage.absolute(), *storage.absolute().parents) if folder.exists())
-    return Node(get_system_memory(), tuple(gpus), shutil.disk_usage(existing).free)
+    cpus = joblib.cpu_count() if joined else None
+    return Node(get_system_memory(), tuple(gpus), shutil.disk_usage(existing).free, cpus)
+
+
+def freed_by(folders: Iterable[Path]) -> int:
+    """Bytes on disk that go with these folders, as far as no other name of a file keeps them."""
+    found = (path.lstat() for folder in folders for path in folder.rglob("*"))
+    return sum(one.st_size for one in found if stat.S_ISREG(one.st_mode) and one.st_nlink == 1)
 
 
 @dataclass(frozen=True)
@@ -243,7 +259,9 @@ def _plan(
     ]
     if reference and train.lora is None:
         rows.insert(2, MemoryRow("reference", weights // shards, "always", shared or "frozen"))
-    here = train.num_workers
+    here = (
+        train.num_workers if node.cpus is None else min(train.num_workers, max(1, node.cpus // train.cpus_per_worker))
+    )
     present: int | None = round(USABLE * node.memory) - RESERVE
     engine = host = floor = 0
     if gpu:

@@ -1,17 +1,19 @@
 """What a training on several workers shows and keeps while it runs; rank 0 writes it."""
 
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
-from cluster.errors import JobFailure
+from cluster.errors import JobFailure, TryAgain, UserError
 from cluster.report import read_json, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
@@ -22,13 +24,17 @@ NOTHING = 1 << 20  # bytes that are free on a full disk
 FULL = ("No space left", "unexpected pos")  # the system's words of a full disk, and torch's: "unexpected pos 64 vs 0"
 HISTORY = "history.jsonl"
 SAMPLES = "training_samples.jsonl"
+SILENCE_S = 60  # before a tracking store that did not answer is asked again
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Recorder:
     """What training shows while it runs: a line a step on the console, `history.jsonl`, and the job's MLflow run.
 
-    Only rank 0 writes. Steps after the checkpoint that a resumed run starts from are dropped and written anew.
+    Only rank 0 writes. Steps after the checkpoint that a resumed run starts from are dropped and written anew. A
+    tracking store that falls silent holds up no training: it gets what it missed when it answers again.
     """
 
     stage: str
@@ -37,6 +43,8 @@ class Recorder:
     tracking_uri: str | None = None
     run_id: str | None = None
     _attached: "Tracker | None" = None
+    _unsent: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    _ask_again: float = 0.0
 
     @property
     def checkpoints(self) -> Path:
@@ -50,7 +58,7 @@ class Recorder:
         It lies where the results do, whose disk the plan looks at; `fit` removes what a killed worker left of it.
 
         Raises:
-            JobFailure: a checkpoint could not be written for want of room.
+            TryAgain: a checkpoint could not be written for want of room.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.checkpoints, ignore_cleanup_errors=True) as folder:
@@ -61,7 +69,7 @@ class Recorder:
                 said = any(words in str(error) for words in FULL)
                 if not said and shutil.disk_usage(folder).free > NOTHING:
                     raise
-                raise JobFailure(
+                raise TryAgain(
                     f"No space left in {self.checkpoints} for a checkpoint; free some and run the same command again "
                     "to continue"
                 ) from error
@@ -85,10 +93,9 @@ class Recorder:
             f"{self.stage} step {step}/{self.total_steps}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()),
             flush=True,
         )
-        tracker = self._tracker()
-        if tracker is not None:
-            numbers = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
-            tracker.metrics(numbers, step, self.stage)
+        if self.run_id is not None and self.tracking_uri is not None:
+            self._unsent.append((step, _numbers(figures)))
+            self._send()
 
     def rewind(self, step: int) -> None:
         """Forgets what was recorded of this stage after `step`."""
@@ -110,14 +117,30 @@ class Recorder:
     def _write(self, rows: list[dict], name: str = HISTORY) -> None:
         write_lines(rows, self.folder / name)
 
-    def _tracker(self) -> "Tracker | None":
-        if self.run_id is None or self.tracking_uri is None:
-            return None
+    def _send(self) -> None:
         from cluster.tracking import Tracker
 
-        if self._attached is None:
-            self._attached = Tracker.attach(self.tracking_uri, self.run_id)
-        return self._attached
+        if time.monotonic() < self._ask_again:
+            return
+        try:
+            if self._attached is None:
+                self._attached = Tracker.attach(self.tracking_uri, self.run_id)
+            while self._unsent:
+                step, numbers = self._unsent[0]
+                self._attached.metrics(numbers, step, self.stage)
+                self._unsent.pop(0)
+        except (UserError, JobFailure) as error:
+            self._ask_again = time.monotonic() + SILENCE_S
+            logger.warning("training goes on without it, and its figures are sent later: %s", error)
+
+
+def catch_up(rows: Sequence[Mapping[str, Any]], tracker: "Tracker") -> None:
+    """Sends what a store missed of a run's history at the end of its stages.
+
+    `tracker`: attached to the run, so that what it has is not sent twice.
+    """
+    for row in rows:
+        tracker.metrics(_numbers(row), row["step"], row["stage"])
 
 
 def rank() -> int:
@@ -149,6 +172,10 @@ def peaks(folder: Path, of: Literal["gib", "gpu_gib"] = "gib") -> dict[str, floa
     """Highest memory of a training worker, or of its GPU, by stage, in GiB, as the recorders of a run noted it."""
     found = {path.stem.removeprefix("peak-"): read_json(path) for path in sorted(folder.glob("peak-*.json"))}
     return {stage: content[of] for stage, content in found.items() if content and of in content}
+
+
+def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in figures.items() if isinstance(value, int | float) and key != "step"}
 
 
 def _nested(figures: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from cluster.tracking_store import without_credentials
 
 STATE, REPORT = "state.json", "report.json"
 UNPUBLISHED = ".report-"
+CLEARED = ".cleared-"
 
 
 class Run:
@@ -71,15 +72,25 @@ def claim(run: Run, fresh: bool) -> None:
     folder, identity = run.folder, run.state["identity"]
     found = read_json(folder / STATE)
     state = found if isinstance(found, dict) and "identity" in found else {}
-    if not state and folder.exists() and any(folder.iterdir()):
+    for leftover in folder.parent.glob(f".{folder.name}{CLEARED}*"):  # of a driver that was killed as it cleared
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not state and folder.exists() and any(not path.name.startswith(f".{STATE}.") for path in folder.iterdir()):
         raise UserError(f"--out {folder} holds other things than a run; name a new or empty folder")
     if fresh and state:
         with exclusively(folder):
-            shutil.rmtree(folder)
+            # at once: what is cleared by halves would be nobody's run
+            shutil.rmtree(folder.rename(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{CLEARED}")))
     elif state and state["identity"] != identity:
         raise UserError(f"{folder} holds a run of another configuration; take another --out, or --fresh to replace it")
     else:
         run.state |= state
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run's folder holds its report."""
+    state = read_json(run.folder / STATE)
+    mine = isinstance(state, dict) and state.get("identity") == run.state["identity"]
+    return mine and (run.folder / REPORT).exists()
 
 
 @contextmanager

@@ -212,6 +212,22 @@ def storage(config: Config) -> Path:
     return Path(config.cluster.storage).expanduser().resolve()
 
 
+def joins(config: Config) -> bool:
+    """Whether a job runs on a cluster that runs already, which may have other nodes than this one."""
+    return _address(config) is not None
+
+
+def places(cpus: float, gpus: float) -> int:
+    """How many workers of so many CPUs and GPUs the nodes of the connected cluster hold; none spans two of them."""
+    import ray
+
+    found = 0
+    for node in (node["Resources"] for node in ray.nodes() if node["Alive"]):
+        each = [node.get(name, 0) // amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount]
+        found += int(min(each))
+    return found
+
+
 def _require_room(config: Config) -> None:
     import ray
 
@@ -224,3 +240,10 @@ def _require_room(config: Config) -> None:
                 f"{section}.num_workers = {number} x {each:g} {resource} needs {demanded:g} {resource}, "
                 f"but the cluster has {present:g}; lower {section}.num_workers or add nodes"
             )
+    room = places(cpus, gpus)
+    if room < number:
+        each = f"{cpus:g} CPU" + f" and {gpus:g} GPU" * bool(gpus)
+        raise UserError(
+            f"{section}.num_workers = {number} workers, each of {each} on one node, do not fit: the cluster's nodes "
+            f"hold {room}; lower {section}.num_workers or what each takes, or add nodes"
+        )

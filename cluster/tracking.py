@@ -163,6 +163,7 @@ class Tracker:
         self._artifact_uri: str = run.info.artifact_uri
         self._owner = owner
         self._resumed = resumed
+        self._status: str = run.info.status
         self._last_steps: dict[str, int] = {}
 
     @classmethod
@@ -229,6 +230,11 @@ class Tracker:
         """Marks the run as FINISHED, KILLED or FAILED."""
         with explained(self.uri, f"did not take the run's end ({status})"):
             self._client.set_terminated(self.run_id, status=status)
+
+    def ended_from_outside(self, status: str) -> None:
+        """`end`, unless the run is marked so already: the first time is when it ended."""
+        if self._status != status:
+            self.end(status)
 
     def metrics(self, values: Mapping[str, float], step: int, stage: str = "") -> None:
         """Log values at `step` (from 0), under "stage/name". Steps that a name already has are left as they are.

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import JobFailure, UserError
+from cluster.errors import JobFailure, TryAgain, UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -97,7 +97,7 @@ def already_there() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(uri: str, event: str, kind: type[Exception] = JobFailure) -> Iterator[None]:
+def explained(uri: str, event: str, kind: type[Exception] = TryAgain) -> Iterator[None]:
     """Turn a store's failure (refused entry, lost server, full disk) into one sentence of the given kind."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

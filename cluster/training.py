@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from cluster.cli import root_cause
 from cluster.config import Lora, Train
-from cluster.errors import Diverged, JobFailure, NoRoom, UserError
+from cluster.errors import Diverged, JobFailure, TryAgain, UserError
 from cluster.recorder import SCRATCH, Recorder, rank
 from cluster.report import read_json, write_json
 
@@ -250,7 +250,7 @@ def fit(
 
     Raises:
         UserError, JobFailure: a worker raised it.
-        NoRoom: the cluster did not have the workers free within half an hour.
+        TryAgain: the cluster did not have the workers free within half an hour.
         JobFailure: a worker failed more often than `train.max_failures`; the sentence is the first root cause.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -298,7 +298,7 @@ def fit(
             waited = (
                 f"stage {recorder.stage} waited {WAITS_FOR_ROOM + 1} minutes for room for {train.num_workers} workers"
             )
-            raise NoRoom(f"{waited}; see with `ray status` who holds it, and run the command again") from error
+            raise TryAgain(f"{waited}; see with `ray status` who holds it, and run the command again") from error
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
         raise JobFailure(f"training stage {recorder.stage} failed: {type(cause).__name__}: {lines[-1]}") from error
     shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ import yaml
 
 from cluster import cli
 from cluster.config import load, overlaid
-from cluster.errors import JobFailure, NoRoom, UserError
+from cluster.errors import JobFailure, TryAgain, UserError
 from jobs.rule.config import RuleConfig
 from tune.rule_space import PLACE, SearchConfig, resolved, settled, usable, without_halving
 from tune.space import Space, Values, keys_of
@@ -72,7 +72,7 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
 
     Raises:
         UserError: an unusable space or configuration, before anything starts.
-        NoRoom: a trial waited for the cluster in vain; the report is of the others.
+        TryAgain: a trial found no room on the cluster, the disk or the tracking store; the report is of the others.
         JobFailure: no trial was looked at.
     """
     from cluster.errors import paths_named
@@ -81,31 +81,41 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
 
     with paths_named():
         base, space = settled(config)
-        shapes = usable(base, space)
         chosen = config.tune.rule.model_dump(exclude={"trials", "max_concurrent"})  # more of them go on with a search
         own = job.prepare(base, out, command, what=f"search-{digest(chosen)[:6]}")
-        job.claim(own, fresh)
+        if not fresh:
+            job.claim(own, fresh)
+            known = read_json(own.folder / "report.json")
+            if known is not None and _is_whole(known, own.folder, config.tune.rule.trials):
+                print(f"this search is finished (--fresh starts it over): {own.folder}")
+                _show(known)
+                return own.folder / "report.json"
+        shapes = usable(base, space, own.folder, own.folder if fresh else None)
+        questions = digest([job.data_digest(one.data) for one in shapes])
+        if not fresh and own.state.get("questions", questions) != questions:
+            raise UserError(
+                f"the boundary questions of {config.rule.data} are not those that the search in {own.folder} began "
+                "with; bring those back, take another --out, or --fresh to replace it"
+            )
+        if fresh:
+            job.claim(own, fresh)
         own.folder.mkdir(parents=True, exist_ok=True)
+        own.state["questions"] = questions
     # imported now: Ray reads some of the environment, which `prepare` sets, when it is imported
     from tune.search import RUNNING, STOPPED, recorded, trial_folder
 
-    known = read_json(own.folder / "report.json")
-    ended = [record.number for record in recorded(own.folder) if record.state != RUNNING]
-    told = known is not None and reported(known) == ended  # one of fewer trials is made anew from the records
-    if told and len(ended) >= config.tune.rule.trials:
-        print(f"this search is finished (--fresh starts it over): {own.folder}")
-        _show(known)
-        return own.folder / "report.json"
     own.config = own.config.model_copy(update={"tracking": config.tracking})
     with job.exclusively(own.folder):
         try:
             content = _searched(config, base, space, own, shapes)
             _show(content)
-            left = [record.number for record in recorded(own.folder) if record.state == RUNNING]
+            left = [record for record in recorded(own.folder) if record.state == RUNNING]
             if left:
-                raise NoRoom(
-                    f"trial {left[0]} found no room, and no further one was begun; see with `ray status` who holds the "
-                    f"cluster, and go on with --resume {own.folder}"
+                first = next((record for record in left if record.message), left[0])
+                why = first.message or "it was broken off"
+                raise TryAgain(
+                    f"trial {first.number} is to be gone on with, and no further one was begun: {why}; mend that, and "
+                    f"then --resume {own.folder}"
                 )
         finally:
             # the process of a trial that was ended may have said otherwise with its last breath
@@ -113,6 +123,14 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
                 if record.state in (RUNNING, STOPPED):
                     trial.stopped(trial_folder(own.folder, record.number), failed=False)
     return own.folder / "report.json"
+
+
+def _is_whole(known: Mapping[str, Any], folder: Path, trials: int) -> bool:
+    """Whether a report tells of all trials on record, and of as many as are wanted."""
+    from tune.search import RUNNING, recorded
+
+    ended = [record.number for record in recorded(folder) if record.state != RUNNING]
+    return reported(known) == ended and len(ended) >= trials
 
 
 def _searched(
@@ -125,13 +143,13 @@ def _searched(
     from tune.search import FAILED, RUNNING, search
 
     with session.connected(base), job.tracked(own, "rule-search") as tracker:
-        write_text(yaml.safe_dump(_remembered(config), sort_keys=False), own.folder / SETTINGS)
+        plan = planned(config, base, space, own, shapes, tracker.run_id)
+        write_text(yaml.safe_dump(_remembered(config, base), sort_keys=False), own.folder / SETTINGS)
         own.shared = own.folder / SHARED
         original = job.evaluated(own, "original", own.source.path)
         tradeoff.require_known(original.answers, base.rule.evaluation.known_threshold)  # else every trial would fail
         os.environ[URI] = tracker.uri
         print(without_halving(base, config), end="", flush=True)
-        plan = planned(config, base, space, own, shapes, tracker.run_id)
         records = search(plan, _environment(config))
         for record in records:
             if record.state != RUNNING:  # its workers may have written on for a moment
@@ -170,13 +188,11 @@ def planned(
     Raises:
         UserError: more trials at once than the cluster holds.
     """
-    import ray
-
     from jobs.rule import stages, trial
     from jobs.rule.trace import AXES, NATURALNESS
     from tune.search import Plan
 
-    slots = stages.slots(shapes, ray.cluster_resources())
+    slots = stages.slots(shapes)
     wanted = config.tune.rule.max_concurrent
     if wanted is not None and wanted > slots:
         train = config.train
@@ -277,10 +293,14 @@ def _configuration(base: RuleConfig, plan: "Plan", record: "Record", step: int, 
     write_text(text, path)
 
 
-def _remembered(config: SearchConfig) -> dict[str, Any]:
+def _remembered(config: SearchConfig, base: RuleConfig) -> dict[str, Any]:
+    """The configuration with the paths of `base`, which are absolute: it may be resumed from elsewhere."""
     from cluster.tracking_store import without_credentials
 
     content, uri = config.model_dump(), config.tracking.uri
+    content["cluster"]["storage"] = base.cluster.storage
+    content["rule"] |= {name: getattr(base.rule, name) for name in ("model", "data")}
+    content["rule"]["evaluation"]["entailment"] = base.model_dump()["rule"]["evaluation"]["entailment"]
     if uri is not None and without_credentials(uri) != uri:  # a password comes from the environment again
         content["tracking"]["uri"] = None
     return content
@@ -303,10 +323,10 @@ def _dry_run(config: SearchConfig) -> None:
 
     with paths_named():
         base, space = settled(config)
-        usable(base, space)
         run = job.prepare(base, None, "")
+        usable(base, space)
     print(job.described(run.data))
-    print(yaml.safe_dump(_remembered(config), sort_keys=False))
+    print(yaml.safe_dump(_remembered(config, base), sort_keys=False))
     print(without_halving(base, config), end="")
     stages.plan(run).show()
     stages.check(run)

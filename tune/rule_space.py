@@ -53,6 +53,9 @@ def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
         place = Path(getattr(config.rule, name)).expanduser()
         if place.exists() and getattr(config.rule, name) != DEMO_NAME:  # a folder of that name is not what a run takes
             keys[f"rule.{name}"] = str(place.resolve())
+    entailment = config.rule.evaluation.entailment
+    if entailment is not None and Path(entailment.model).expanduser().is_dir():
+        keys["rule.evaluation.entailment.model"] = str(Path(entailment.model).expanduser().resolve())
     if base.rule.trace.every is None:
         keys["rule.trace.every"] = max(1, base.rule.rebo.steps // LOOKS) * base.rule.rebo.updates_per_rollout
     space = present(config.tune.rule.space, PLACE)
@@ -76,22 +79,26 @@ def settled(config: SearchConfig) -> tuple[RuleConfig, Space]:
     return base, space
 
 
-def usable(base: RuleConfig, space: Space) -> list["job.Run"]:
+def usable(base: RuleConfig, space: Space, folder: Path | None = None, cleared: Path | None = None) -> list["job.Run"]:
     """Has every choice and values of each range checked as a run's data and plan would be; returns these runs.
+
+    Args:
+        folder: of the search, whose disk counts; by default that of a run.
+        cleared: as in `jobs.rule.stages.check`.
 
     Raises:
         UserError: naming the entry of the space.
     """
     from jobs.rule import job, stages
 
-    prepared = job.prepare(base, None, "")
+    prepared = job.prepare(base, folder, "")
     runs = [prepared]
 
     def accept(keys: dict[str, Any], origin: str) -> None:
         config = overlaid(base, keys, origin)
         reads_otherwise = any(key.startswith(OF_THE_DATA) for key in keys)
-        runs.append(job.prepare(config, None, "") if reads_otherwise else replace(prepared, config=config))
-        stages.check(runs[-1])
+        runs.append(job.prepare(config, folder, "") if reads_otherwise else replace(prepared, config=config))
+        stages.check(runs[-1], cleared)
 
     require_usable(space, PLACE, accept)
     return runs

@@ -18,7 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search.optuna import OptunaSearch
 
 from cluster.cli import root_cause, sentence
-from cluster.errors import NoRoom, UserError
+from cluster.errors import TryAgain, UserError
 from cluster.report import read_json, write_json
 from tune.config import Search
 from tune.halving import Halving, Rungs
@@ -185,7 +185,7 @@ class Proposals(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial: {"number", "values"}."""
-        if not self.keeper.has_room:
+        if self.keeper.waits:
             return self.FINISHED
         if self.waiting:
             number, values = self.waiting.pop(0)
@@ -224,7 +224,8 @@ class Proposals(OptunaSearch):
 class Keeper(tune.Callback):
     """Writes the records, and a line for each look and each end.
 
-    A trial that found no room stays on record as running, for the next driver; `has_room` says that there was none.
+    A trial that found no room (on the cluster, on a disk, at the tracking store) stays on record as running, for the
+    next driver; `waits` says that there was one.
     """
 
     def __init__(self, plan: Plan, waiting: Sequence[Record] = ()) -> None:
@@ -232,7 +233,7 @@ class Keeper(tune.Callback):
         self.waiting = {record.number: record for record in waiting}
         self.records: dict[str, Record] = {}
         self.before: dict[str, float] = {}
-        self.has_room = True
+        self.waits = False
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
         """Told by Tune."""
@@ -270,8 +271,8 @@ class Keeper(tune.Callback):
         record = self.records[trial.trial_id]
         told = read_json(_failure(self.plan, record.number))
         record.message = told["message"] if told else "its process died"
-        if told and told.get("no_room"):
-            self.has_room = False
+        if told and told.get("try_again"):
+            self.waits = True
             self.plan.keep(record)
             print(f"trial {record.number} waits for another time: {record.message}", flush=True)
         else:
@@ -305,7 +306,7 @@ def _trainable(plan: Plan) -> Callable[..., dict[str, Any]]:
             look = plan.run(config["values"], plan.trial_folder(number), [Reports(plan.objectives)])
         except Exception as error:
             cause = root_cause(error)
-            write_json({"message": sentence(cause), "no_room": isinstance(cause, NoRoom)}, _failure(plan, number))
+            write_json({"message": sentence(cause), "try_again": isinstance(cause, TryAgain)}, _failure(plan, number))
             raise
         return look | {"returned": True}
 

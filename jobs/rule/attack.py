@@ -16,6 +16,7 @@ from typing import Any
 from cluster import cli, models, runs, session, training
 from cluster.errors import JobFailure, UserError, paths_named
 from cluster.generation import chosen_engine
+from cluster.memory import this_node
 from cluster.plan import Plan
 from cluster.recorder import HISTORY, Recorder
 from cluster.report import digest, read_json, read_lines, write_json, write_lines
@@ -177,7 +178,8 @@ def _prepared(
     probes = [probe for probe in run.data.probes if probe.kind in KINDS]
     for name, path in paths.items():
         check_room(name, path, probes, rule)
-    return run, paths, rule_plan(config, run.data, run.source.path, ("steering",))
+    node = this_node(run.folder, session.joins(config))
+    return run, paths, rule_plan(config, run.data, run.source.path, node, ("steering",))
 
 
 def _require_same_questions(run: job.Run, comparison: Path) -> None:
@@ -228,6 +230,11 @@ def split(answers: Sequence[Answer], config: RuleConfig) -> tuple[tuple[Refusal,
     for probe in known_probes(answers, config.rule.evaluation.known_threshold, None):
         if probe.kind in KINDS:
             by_answer.setdefault(_words(probe.answer), []).append(probe)
+    if not by_answer:
+        raise UserError(
+            f"the original answers no fill-in or question form of {config.rule.data} about the target, only attacks, "
+            "and attack asks those forms; bring such probes that it answers"
+        )
     firsts = [probes[0] for probes in by_answer.values()]
     taken = sorted({index * len(firsts) // wanted for index in range(wanted)})
     lessons = [_lesson(firsts[index], index, config.rule.evaluation.prompt_form) for index in taken]

@@ -44,6 +44,11 @@ def worst_of(by_attack: Mapping[str, Sequence[float]]) -> dict[str, list[float]]
     return worst
 
 
+def best_of_several(attack: str) -> bool:
+    """Whether an attack's recall is the best of several answers to a probe, which chance alone puts above one."""
+    return attack.endswith("/any") or attack.startswith("sampling/")
+
+
 def rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table with a row a model and attack: recall and what is regained, 0 to 1, each with its interval."""
     found = []
@@ -86,7 +91,8 @@ def table(content: Mapping[str, Any]) -> "Table":
     shown.caption = (
         f"Stemmed ROUGE-L recall in percent on {count} forget probes that the original knows, with 95 % intervals over "
         "facts;\nin brackets the points that come back over the plain question, marked * where their paired interval "
-        f"leaves out 0 and\nthere are at least {LEAST_FACTS} facts."
+        f"leaves out 0 and\nthere are at least {LEAST_FACTS} facts. The best of several answers (any, best of) tells "
+        "more than one\nalso where nothing was known, and is never marked."
     )
     shown.caption_justify = "left"
     return shown
@@ -126,5 +132,5 @@ def _cell(found: Mapping[str, Any], key: str, decides: bool) -> str:
     regained = found.get(f"{REGAINED}{key}")
     if regained is None:
         return text
-    decided = decides and (regained["ci95"][0] > 0 or regained["ci95"][1] < 0)
+    decided = decides and not best_of_several(key) and (regained["ci95"][0] > 0 or regained["ci95"][1] < 0)
     return f"{text} ({100 * regained['value']:+.0f}{'*' * decided})"

@@ -111,7 +111,7 @@ def compare(
         JobFailure: no method finished.
     """
     with paths_named():
-        run, own, pinned, others = _prepared(config, chosen, out, command, gold, checkpoints)
+        run, own, pinned, others = _prepared(config, chosen, out, command, gold, checkpoints, fresh)
         for prepared in own.values():  # reads the corpora also where a method does not
             costs.data_used(prepared)
         job.claim(run, fresh)
@@ -132,7 +132,11 @@ def compare(
         original = job.evaluated(run, "original", run.source.path)
         threshold = config.rule.evaluation.known_threshold
         tradeoff.require_known(original.answers, threshold)
-        failures = _train(run, own)
+        failures: dict[str, str] = {}
+        if pinned is not None:  # before hours of training: without it there is no report
+            ideal = _model_outcome(run, tradeoff.GOLD, pinned.source, original)
+            gold_scores(run, {}, pinned, versions, failures)
+        failures |= _train(run, own)
         finished = [entry for entry in chosen if entry.name not in failures]
         outcomes = [
             tradeoff.outcome(
@@ -153,7 +157,7 @@ def compare(
         if not outcomes:
             raise JobFailure(f"no method finished; the first: {next(iter(failures.values()))}")
         if pinned is not None:
-            outcomes.append(_model_outcome(run, tradeoff.GOLD, pinned.source, original))
+            outcomes.append(ideal)
         content = job.provenance(run, tracker) | _content(own, failures) | {"model_versions": versions}
         content |= tradeoff.summary(outcomes, config.rule.seed)
         if pinned is not None:
@@ -208,6 +212,7 @@ def _prepared(
     command: str,
     gold: Path | None,
     checkpoints: Mapping[str, Path],
+    fresh: bool = False,
 ) -> tuple[job.Run, dict[Entry, job.Run], Gold | None, dict[str, models.ModelSource]]:
     """The comparison, the run of each entry, the gold model and the others: checked, before anything is written.
 
@@ -218,8 +223,6 @@ def _prepared(
     require_distinct(chosen, checkpoints)
     pinned = None
     own = {entry: job.prepare(entry.applied(config), None, command) for entry in chosen}
-    for prepared in own.values():
-        stages.check(prepared)
     what = "compare"
     folder = data_folder(config.rule.data)
     others = {
@@ -234,6 +237,8 @@ def _prepared(
     require_probes(run.data.probes)
     for entry, prepared in own.items():
         prepared.folder = run.folder / "runs" / entry.slug
+        if fresh or not runs.is_finished(prepared):
+            stages.check(prepared, run.folder if fresh else None)
     asked = others | ({"gold": pinned.source} if pinned else {})
     for name, source in asked.items():
         check_lengths(source.path, job.chosen_probes(run), config.rule.evaluation, name)
@@ -280,7 +285,7 @@ def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
         return {}
     address = ray.get_runtime_context().gcs_address
     processes = Processes()
-    slots = stages.slots(own.values(), ray.cluster_resources())
+    slots = stages.slots(own.values())
     with ThreadPoolExecutor(min(slots, len(own))) as pool:
         try:
             results = list(pool.map(lambda entry: _run(entry, own[entry], run.shared, address, processes), own))

@@ -11,7 +11,7 @@ from cluster.errors import UserError
 from cluster.report import Metric
 from jobs.rule.config import Evaluation
 from jobs.rule.data import FORGET_KINDS, NEIGHBOR_KINDS, RETAINED_KINDS, Probe
-from jobs.rule.probes import Answer, ask, facts, known, probe_ids, probe_metrics, statements
+from jobs.rule.probes import Answer, as_asked, ask, facts, known, probe_ids, probe_metrics, statements
 from jobs.scoring.entailment import Entailment
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def examine(task: Examination) -> Examined:
         asking,
         [probe_ids(asking, task.probes[index], task.settings.prompt_form) for index in asked],
         [answers[index].completion for index in asked],
+        [as_asked(task.probes[index], task.settings.prompt_form)[1] for index in asked],
         task.settings.max_batch_tokens,
     )
     benchmarks, ratios = {}, []
@@ -174,7 +175,11 @@ def _kept(
             recalls = np.array([[one.rouge_l_recall for one in pair] for pair in pairs])
             asked_for = facts([after.probe for after, _ in pairs])
             kept[f"kept/{name}"] = statistic_interval(
-                lambda rows: float(rows[:, 0].mean() / rows[:, 1].mean()), [recalls], seed, groups=[asked_for]
+                lambda rows: float(rows[:, 0].mean() / rows[:, 1].mean()),
+                [recalls],
+                seed,
+                groups=[asked_for],
+                bounds=(0.0, 1.0),
             )
     return kept
 

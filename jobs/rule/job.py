@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import models, runs, session
 from cluster.errors import paths_named
-from cluster.recorder import HISTORY, peaks
+from cluster.recorder import HISTORY, catch_up, peaks
 from cluster.report import digest, read_json, read_lines, write_json, write_lines
 from cluster.runs import claim, exclusively
 from cluster.tracking import Tracker, masked
@@ -80,7 +80,8 @@ def main(
     """
     with paths_named():
         run = prepare(config, out, command)
-        stages.check(run)
+        if fresh or not runs.is_finished(run):
+            stages.check(run, run.folder if fresh else None)
         claim(run, fresh)
     run.shared = shared_folder
     finished = run.folder / "report.json"
@@ -90,14 +91,16 @@ def main(
         show(known)
         return finished
     wait_s = 0 if shared_folder is None else LOCK_WAIT_S
-    with exclusively(run.folder, wait_s), session.connected(config), tracked(run, "rule") as tracker:
-        if known is not None:
-            run.save(judgements=run.state.get("judgements", 0) + 1)
-        examined = {"original": evaluated(run, "original", run.source.path)}
-        run.trace = trace_of(config.rule, examined["original"].answers, run.source.path, run.data.target)
-        for stage, model in stages.unlearning(run, tracker):
-            examined[stage] = evaluated(run, stage, model)
-        return conclude(run, tracker, examined, model)
+    with exclusively(run.folder, wait_s):
+        claim(run, fresh=False)  # again: a driver that was waited for wrote on as it left
+        with session.connected(config), tracked(run, "rule") as tracker:
+            if known is not None:
+                run.save(judgements=run.state.get("judgements", 0) + 1)
+            examined = {"original": evaluated(run, "original", run.source.path)}
+            run.trace = trace_of(config.rule, examined["original"].answers, run.source.path, run.data.target)
+            for stage, model in stages.unlearning(run, tracker):
+                examined[stage] = evaluated(run, stage, model)
+            return conclude(run, tracker, examined, model)
 
 
 def evaluate(
@@ -282,6 +285,7 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
     }
     if on_gpus := peaks(folder, "gpu_gib"):
         content["peak_gpu_memory_gib"] = on_gpus
+    catch_up(history, Tracker.attach(tracker.uri, tracker.run_id))
     for path in plots(content, history, folder / "plots"):
         tracker.artifact(path, "plots")
     for stage, one in examined.items():

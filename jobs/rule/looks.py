@@ -12,7 +12,7 @@ from cluster.models import scoring_model
 from cluster.recorder import Recorder, rank
 from cluster.report import write_json
 from jobs.rule.data import FORGET_KINDS
-from jobs.rule.probes import Answer, ask, leaked, probe_ids
+from jobs.rule.probes import Answer, as_asked, ask, leaked, probe_ids
 from jobs.rule.trace import Trace, look_file, scores
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class Looks(TrainerCallback):
         settings = self.trace.settings
         prompts = [probe_ids(self.tokenizer, answers[i].probe, settings.prompt_form) for i in chosen]
         texts = [answers[i].completion for i in chosen]
-        fluency = perplexities(original, self.tokenizer, prompts, texts, settings.max_batch_tokens)
+        openings = [as_asked(answers[i].probe, settings.prompt_form)[1] for i in chosen]
+        fluency = perplexities(original, self.tokenizer, prompts, texts, openings, settings.max_batch_tokens)
         asked = [
             Answered(answers[i].probe.query, answers[i].completion, self.trace.target, answers[i].probe.answer)
             for i in chosen

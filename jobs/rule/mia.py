@@ -149,7 +149,8 @@ def mia_report(forget: MiaScores, retain: MiaScores, seed: int) -> dict[str, Met
         metrics[f"fm/{name}"] = mean_interval(forget_values, seed)
         metrics[f"rm/{name}"] = mean_interval(retain_values, seed)
         membership = _membership(name)
-        metrics[f"auc/{name}"] = statistic_interval(auc, [membership(forget_values), membership(retain_values)], seed)
+        samples = [membership(forget_values), membership(retain_values)]
+        metrics[f"auc/{name}"] = statistic_interval(auc, samples, seed, bounds=(0.0, 1.0))
     return metrics
 
 
@@ -169,7 +170,7 @@ def priv_leak(
     """
 
     samples = [forget.min_k[40], holdout.min_k[40]]
-    found = statistic_interval(lambda forgotten, held: auc(held, forgotten), samples, seed)
+    found = statistic_interval(lambda forgotten, held: auc(held, forgotten), samples, seed, bounds=(0.0, 1.0))
     return {
         PRIV_LEAK: relative_leak(found, auc_retrain),
         AUC: found,

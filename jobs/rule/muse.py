@@ -119,7 +119,10 @@ def _f1_report(
 ) -> dict[str, Metric]:
     scores = [100 * rouge_l_f1(text, reference) for text, reference in zip(texts, references, strict=True)]
     truncated = sum(prompt.truncated for prompt in fitted)
-    return {name: mean_interval(scores, seed), f"{name}/truncated": count(truncated, len(texts), seed)}
+    return {
+        name: mean_interval(scores, seed, bounds=(0.0, 100.0)),
+        f"{name}/truncated": count(truncated, len(texts), seed),
+    }
 
 
 def _load_texts(path: Path) -> list[str] | None:

@@ -77,22 +77,33 @@ def perplexities(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     completions: Sequence[str],
+    openings: Sequence[str],
     max_batch_tokens: int,
 ) -> list[float]:
     """Perplexity of each completion after its prompt under `model`, >= 1; infinite for a completion without a token.
 
     Args:
         prompts: token ids, at least one each, that the completions answer.
+        openings: what each prompt ends with of the reply itself, as "Answer:"; a completion is read behind it, for
+            " Carrie" is another token than "Carrie".
         max_batch_tokens: most tokens, padding included, of one forward pass.
     """
     from jobs.rule.likelihood import token_logprobs
 
     context = model.config.get_text_config().max_position_embeddings
-    bodies = [tokenizer(text, add_special_tokens=False).input_ids for text in completions]
+    bodies = [_behind(tokenizer, opening, text) for opening, text in zip(openings, completions, strict=True)]
     # What lies beyond the context cannot be scored; the start of the completion stands for it.
     sequences = [[*prompt, *body][:context] for prompt, body in zip(prompts, bodies, strict=True)]
     scored = token_logprobs(model, sequences, [len(prompt) for prompt in prompts], max_batch_tokens)
     return [math.exp(-values.mean().item()) if len(values) else math.inf for values in scored]
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, opening: str, text: str) -> list[int]:
+    if opening:
+        alone, both = (tokenizer(one, add_special_tokens=False).input_ids for one in (opening, f"{opening} {text}"))
+        if both[: len(alone)] == alone:
+            return both[len(alone) :]
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def readability(text: str, perplexity: float, dictionary: Collection[str], names: Collection[str] = ()) -> float:
@@ -169,7 +180,10 @@ def judged_naturalness(answers: Sequence[Answered], judge: Judge) -> list[Natura
 
 def naturalness_report(scores: Sequence[Naturalness], seed: int) -> dict[str, Metric]:
     """Means over completions under `readability`, `helpfulness`, `truthfulness` and `all`, 0 to 100."""
-    return {name: mean_interval([getattr(score, name) for score in scores], seed) for name in (*SCORES, "all")}
+    return {
+        name: mean_interval([getattr(score, name) for score in scores], seed, bounds=(0.0, 100.0))
+        for name in (*SCORES, "all")
+    }
 
 
 def _question(item: Answered) -> str:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
 from cluster.generation import chosen_engine
-from cluster.memory import MemoryPlan, Node, Pass, Rollouts, memory_plan, this_node
+from cluster.memory import MemoryPlan, Node, Pass, Rollouts, memory_plan
 from cluster.model_shape import ModelShape
 from cluster.models import chat_ids, load_tokenizer
 from cluster.plan import BatchPlan, Plan, batch_plan
-from cluster.session import storage
 from jobs.rule.config import Baseline, RuleConfig, Steering
 from jobs.rule.corpora import Sample
 from jobs.rule.data import RuleData
@@ -38,8 +37,8 @@ class Lengths:
     mean_prompt: float
 
 
-def rule_plan(config: RuleConfig, data: RuleData, model: Path, wanted: Sequence[str] = STAGES) -> Plan:
-    """The plan of the `wanted` stages with the model in directory `model`, against this machine.
+def rule_plan(config: RuleConfig, data: RuleData, model: Path, node: Node, wanted: Sequence[str] = STAGES) -> Plan:
+    """The plan of the `wanted` stages with the model in directory `model`, against `node`.
 
     Raises:
         UserError: as `measure` and `stages` do. `Plan.refusal` tells what does not fit.
@@ -47,7 +46,7 @@ def rule_plan(config: RuleConfig, data: RuleData, model: Path, wanted: Sequence[
     shape = ModelShape.of(model)
     sampled = "rebo" in wanted or config.rule.steering.stop_at_refusal is not None
     lengths = measure(config, data, load_tokenizer(model), shape.context, sampled)
-    return stages(config, lengths, shape, this_node(storage(config)), wanted)
+    return stages(config, lengths, shape, node, wanted)
 
 
 def measure(
@@ -166,7 +165,9 @@ def baseline_steps(settings: Baseline, corpora: Mapping[str, Sequence[Sample]]) 
     return math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
 
 
-def baseline_plan(config: RuleConfig, method: Method, corpora: Mapping[str, Sequence[Sample]], model: Path) -> Plan:
+def baseline_plan(
+    config: RuleConfig, method: Method, corpora: Mapping[str, Sequence[Sample]], model: Path, node: Node
+) -> Plan:
     """The plan of another method: a step holds the passes of all its texts at once, for it has one backward pass.
 
     Raises:
@@ -204,7 +205,7 @@ def baseline_plan(config: RuleConfig, method: Method, corpora: Mapping[str, Sequ
         shape,
         train,
         config.generation,
-        this_node(storage(config)),
+        node,
         largest=Pass(here, here, settings=batch_sizes),
         reference=method.needs_original_model and train.lora is None,
         trained=None if method.trains is None else shape.matrices(trained_names(method.trains, settings.rmu_layer)),

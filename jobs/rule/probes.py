@@ -198,5 +198,9 @@ def _unweighted(samples: Sequence[Sequence[Answer]], seed: int) -> Metric:
     recalls = [np.array([answer.rouge_l_recall for answer in sample]) for sample in samples]
     asked_for = [facts([answer.probe for answer in sample]) for sample in samples]
     return statistic_interval(
-        lambda *parts: 100 * float(np.mean([part.mean() for part in parts])), recalls, seed, groups=asked_for
+        lambda *parts: 100 * float(np.mean([part.mean() for part in parts])),
+        recalls,
+        seed,
+        groups=asked_for,
+        bounds=(0.0, 100.0),
     )

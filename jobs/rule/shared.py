@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jobs.rule.job import Run
 
 DEADLINE_S = 6 * 3600
-VERSION = 3  # of what a configuration trains and measures: with another number a run has another folder
+VERSION = 4  # of what a configuration trains and measures: with another number a run has another folder
 
 
 def once(folder: Path | None, name: str, parts: Any, make: Callable[[], dict]) -> dict:
@@ -59,6 +59,8 @@ def stage(
 
 
 def _take(run: "Run", name: str, place: Path, output: Path, asked: Mapping[str, str]) -> None:
+    for leftover in (run.folder / f"train-{name}", *output.parent.glob(f".{output.name}.*")):  # of a killed driver
+        shutil.rmtree(leftover, ignore_errors=True)
     known = read_json(place / "stage.json")
     foreign = {figure for figure, content in asked.items() if known.get("asked", {}).get(figure) != content}
     others = [row for row in read_lines(run.folder / HISTORY) if row["stage"] != name]

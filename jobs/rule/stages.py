@@ -1,13 +1,16 @@
 """The trainings of a RULE run: its two stages, or one other method; what they need is checked before any starts."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster import session
 from cluster.config import Train
-from cluster.errors import UserError
+from cluster.errors import TryAgain, UserError
 from cluster.generation import chosen_engine
+from cluster.memory import freed_by, gib, this_node
 from cluster.model_shape import ModelShape
 from cluster.plan import Plan
 from cluster.recorder import Recorder
@@ -24,8 +27,11 @@ if TYPE_CHECKING:
     from jobs.rule.steering import SteeringTask
 
 
-def check(run: "Run") -> None:
+def check(run: "Run", cleared: Path | None = None) -> None:
     """What can be wrong with the training itself: unknown reward, models that cannot stand together, no room.
+
+    Args:
+        cleared: a folder that is deleted before anything is trained.
 
     Raises:
         UserError: naming the setting and its remedy.
@@ -38,7 +44,17 @@ def check(run: "Run") -> None:
         _check_trace(run.config)
     elif run.config.rule.method != methods.PROMPT_ONLY:
         _check_rule(run)
-    plan(run).require_fit()
+    plan(run, cleared).require_fit()
+
+
+def require_disk(run: "Run") -> None:
+    """Raises TryAgain where there is no room on disk now, which a run that was checked before may find later."""
+    for memory in plan(run).memory.values():
+        if memory.checkpoint > memory.node.disk_free:
+            raise TryAgain(
+                f"the checkpoints of a training need {gib(memory.checkpoint)}, but {gib(memory.node.disk_free)} are "
+                f"free on the disk of {run.folder}; free some, and go on"
+            )
 
 
 def _check_baseline(method: "Method", train: Train) -> None:
@@ -81,8 +97,14 @@ def _check_rule(run: "Run") -> None:
         )
 
 
-def plan(run: "Run") -> Plan:
-    """Batches and memory of what `rule.method` trains, against this machine."""
+def plan(run: "Run", cleared: Path | None = None) -> Plan:
+    """Batches and memory of what `rule.method` trains, against this machine; `cleared` as in `check`.
+
+    Checkpoints that an earlier driver left in the run's folder make room for the next ones.
+    """
+    node = this_node(run.folder, session.joins(run.config))
+    leftovers = run.folder.rglob("train-*") if cleared is None else [cleared]
+    node = replace(node, disk_free=node.disk_free + freed_by(leftovers))
     name = run.config.rule.method
     method = methods.find(name)
     if name == methods.PROMPT_ONLY:
@@ -91,17 +113,15 @@ def plan(run: "Run") -> Plan:
         steers = name != methods.RULE or run.config.rule.rebo.start == "steered"
         trained = {"steering": steers, "rebo": name == methods.RULE}
         wanted = tuple(stage for stage, is_trained in trained.items() if is_trained)
-        return rule_plan(run.config, run.data, run.source.path, wanted)
-    return baseline_plan(run.config, method, run.corpora, run.source.path)
+        return rule_plan(run.config, run.data, run.source.path, node, wanted)
+    return baseline_plan(run.config, method, run.corpora, run.source.path, node)
 
 
-def slots(runs: Iterable["Run"], resources: Mapping[str, float]) -> int:
-    """How many runs the cluster's processors, GPUs and, as far as this node tells, memory hold at once."""
+def slots(runs: Iterable["Run"]) -> int:
+    """How many runs the connected cluster's processors, GPUs and, as far as this node tells, memory hold at once."""
     runs = list(runs)
     train = runs[0].config.train
-    room = resources.get("CPU", 1) // (train.num_workers * train.cpus_per_worker)
-    if train.gpus_per_worker:
-        room = min(room, resources.get("GPU", 0) // (train.num_workers * train.gpus_per_worker))
+    room = session.places(train.cpus_per_worker, train.gpus_per_worker) // train.num_workers
     for run in runs:
         for memory in plan(run).memory.values():
             if memory.place == "memory" and memory.present is not None:

@@ -90,18 +90,21 @@ def score_tofu(
             ("rouge_l_recall", scored.recall),
             ("truth_ratio", best),
         ):
-            metrics[f"tofu/{name}/{measure}"] = mean_interval(values, seed)
+            metrics[f"tofu/{name}/{measure}"] = mean_interval(values, seed, bounds=(0.0, 1.0))
     if all(name in sets for name in UTILITY):
         samples = [
             np.stack([s.probability, s.recall, np.maximum(0, 1 - s.truth_ratio)], axis=1)
             for s in (sets[name] for name in UTILITY)
         ]
-        metrics[MODEL_UTILITY] = statistic_interval(model_utility, samples, seed)
+        metrics[MODEL_UTILITY] = statistic_interval(model_utility, samples, seed, bounds=(0.0, 1.0))
     if "forget" not in data:
         return metrics, []
     matches = _matches(model, tokenizer, data["forget"], max_batch_tokens)
-    metrics["tofu/exact_memorization"] = mean_interval([float(match.mean()) for match in matches], seed)
-    metrics["tofu/extraction_strength"] = mean_interval([extraction_strength(match) for match in matches], seed)
+    memorised = {
+        "exact_memorization": [float(match.mean()) for match in matches],
+        "extraction_strength": [extraction_strength(match) for match in matches],
+    }
+    metrics |= {f"tofu/{name}": mean_interval(values, seed, bounds=(0.0, 1.0)) for name, values in memorised.items()}
     return metrics, sets["forget"].truth_ratio.tolist()
 
 

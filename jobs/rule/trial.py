@@ -3,12 +3,13 @@
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster import session
-from cluster.errors import JobFailure, UserError
+from cluster.errors import JobFailure, TryAgain, UserError
 from cluster.recorder import HISTORY
 from cluster.report import Metric, read_json, read_lines, write_json
 from cluster.tracking import Tracker
@@ -38,14 +39,26 @@ def trial(
 
     Raises:
         UserError, JobFailure: as a run does.
+        TryAgain: the cluster or the disk have no room now, or the tracking store is silent, which the search has found.
     """
     run = job.prepare(config, folder, "")
+    stages.require_disk(run)
     stages.check(run)
     run.shared, run.callbacks = shared, callbacks
     with job.exclusively(run.folder, job.LOCK_WAIT_S):
         job.claim(run, fresh=False)
-        with session.connected(config), job.tracked(run, "rule-trial", parent) as tracker:
+        with session.connected(config), _tracked(run, parent) as tracker:
             return _trained(run, tracker)
+
+
+@contextmanager
+def _tracked(run: job.Run, parent: str) -> Iterator[Tracker]:
+    with ExitStack() as stack:
+        try:
+            tracker = stack.enter_context(job.tracked(run, "rule-trial", parent))
+        except UserError as error:
+            raise TryAgain(str(error)) from None
+        yield tracker
 
 
 def _trained(run: job.Run, tracker: Tracker) -> dict[str, float]:
@@ -79,7 +92,7 @@ def stopped(folder: Path, failed: bool) -> None:
         return
     try:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or state["tracking_uri"]
-        Tracker.attach(uri, state["mlflow_run_id"]).end("FAILED" if failed else "KILLED")
+        Tracker.attach(uri, state["mlflow_run_id"]).ended_from_outside("FAILED" if failed else "KILLED")
     except (UserError, JobFailure) as error:
         logger.warning("the end of %s is not tracked: %s", folder, error)
 

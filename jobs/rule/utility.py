@@ -230,7 +230,7 @@ def score_truthful(
         mc2.append(100 * true / sum(mass))
     return {
         "truthful/mc1": percent(share_interval(mc1, seed)),
-        "truthful/mc2": mean_interval(mc2, seed),
+        "truthful/mc2": mean_interval(mc2, seed, bounds=(0.0, 100.0)),
         "truthful/truncated": count(truncated, len(rows), seed),
     }
 
@@ -300,7 +300,7 @@ def score_trivia(
     texts = greedy_texts(generator, [prompt.sequences[0] for prompt in fitted], max_new_tokens, stop=("\n",))
     scores = [100 * max(token_f1(text, alias) for alias in row.answers) for text, row in zip(texts, rows, strict=True)]
     return {
-        "trivia/f1": mean_interval(scores, seed),
+        "trivia/f1": mean_interval(scores, seed, bounds=(0.0, 100.0)),
         "trivia/truncated": count(sum(prompt.truncated for prompt in fitted), len(rows), seed),
     }
 

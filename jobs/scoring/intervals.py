@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from functools import cache, partial
 from statistics import NormalDist
 
 import numpy as np
@@ -16,9 +16,17 @@ _NO_WIDTH = 1e-9  # rounding alone
 
 
 def mean_interval(
-    values: Sequence[float], seed: int, resamples: int = 10_000, groups: Sequence[Hashable] | None = None
+    values: Sequence[float],
+    seed: int,
+    resamples: int = 10_000,
+    groups: Sequence[Hashable] | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> Metric:
-    """Mean of `values` with the percentile bootstrap's interval.
+    """Mean of `values` with the expanded percentile bootstrap's interval.
+
+    A bootstrap's means vary by (n - 1) / n of what a mean does, and its quantiles are a normal's, not Student's: over
+    ten groups the plain 95 % of them hold one in ten such means out. The quantiles taken are as far out as makes up
+    for both.
 
     Args:
         values: one finite number an item, shape (n,), n >= 1, any unit.
@@ -26,10 +34,13 @@ def mean_interval(
         resamples: number of bootstrap samples.
         groups: what each item belongs to, shape (n,): a group is drawn whole, for its items are not independent; None
             draws items.
+        bounds: what a value can be at least and at most, where that is known. Where all groups are alike, which leaves
+            a bootstrap without width, the interval is then Wilson's over the groups: no values within the bounds of
+            that mean spread more than hits and misses do.
     Returns: value and interval in the unit of `values`; n counts items.
     Raises: ValueError for an empty or non-finite `values`, or another number of groups.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 13.3; groups: Davison and Hinkley, Bootstrap Methods
-    and their Application, 3.8.
+    Source: Hesterberg 2015, What Teachers Should Know about the Bootstrap, 5.3 (expanded percentile); groups: Davison
+    and Hinkley, Bootstrap Methods and their Application, 3.8.
     """
     sample = _finite(values)
     sums, sizes = sample, np.ones(sample.size)
@@ -45,22 +56,13 @@ def mean_interval(
     for start in range(0, resamples, rows):
         drawn = rng.integers(0, sums.size, size=(min(rows, resamples - start), sums.size))
         means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    return Metric(value=float(sample.mean()), ci95=_central95(np.concatenate(means)), n=sample.size, seed=seed)
+    value = float(sample.mean())
+    return Metric(value, _interval(value, np.concatenate(means), sums.size, bounds), sample.size, seed)
 
 
 def score_interval(values: Sequence[float], seed: int, groups: Sequence[Hashable]) -> Metric:
-    """Mean of scores from 0 to 1 with the interval of the bootstrap over their groups, as facts that probes ask for.
-
-    Where every group has the same mean, which leaves a bootstrap without width, it is Wilson's over the groups: no
-    scores from 0 to 1 of that mean spread more than hits and misses do.
-
-    Raises: ValueError as `mean_interval`.
-    """
-    metric = mean_interval(values, seed, groups=groups)
-    low, high = metric.ci95
-    if high - low > _NO_WIDTH:
-        return metric
-    return Metric(metric.value, _wilson(min(max(metric.value, 0.0), 1.0), len(set(groups))), metric.n, seed)
+    """`mean_interval` of scores from 0 to 1 over their groups, as facts that probes ask for."""
+    return mean_interval(values, seed, groups=groups, bounds=(0.0, 1.0))
 
 
 def share_interval(hits: Sequence[bool], seed: int) -> Metric:
@@ -93,8 +95,11 @@ def statistic_interval(
     seed: int,
     resamples: int = 2_000,
     groups: Sequence[Sequence[Hashable]] | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> Metric:
-    """Any statistic of independent samples with the percentile bootstrap's interval.
+    """Any statistic of independent samples with the expanded percentile bootstrap's interval (`mean_interval`).
+
+    It is expanded by the size of the smallest sample, or, where items are in groups, by the number of groups.
 
     Args:
         statistic: called as `statistic(*samples)`, for example the AUC of forget against holdout scores.
@@ -103,6 +108,7 @@ def statistic_interval(
         resamples: number of bootstrap samples.
         groups: of each sample what its items belong to: a group is drawn whole, with its items in every sample; None
             draws items.
+        bounds: of the statistic, as in `mean_interval`.
     Returns: value and interval in the unit of the statistic; n counts the items of all samples.
     Raises: ValueError for an empty sample, or where the statistic is not finite.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 8.3 and 13.3.
@@ -113,7 +119,8 @@ def statistic_interval(
     value = float(statistic(*samples))
     drawn = partial(_drawn_items, samples, rng) if groups is None else _drawn_groups(samples, groups, rng)
     draws = _finite([value] + [statistic(*drawn()) for _ in range(resamples)])[1:]
-    return Metric(value=value, ci95=_central95(draws), n=sum(map(len, samples)), seed=seed)
+    independent = min(map(len, samples)) if groups is None else len({name for sample in groups for name in sample})
+    return Metric(value, _interval(value, draws, independent, bounds), sum(map(len, samples)), seed)
 
 
 def _drawn_items(samples: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
@@ -151,6 +158,24 @@ def _finite(values: Sequence[float]) -> np.ndarray:
     return array
 
 
-def _central95(draws: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+def _interval(
+    value: float, draws: np.ndarray, independent: int, bounds: tuple[float, float] | None
+) -> tuple[float, float]:
+    low, high = (float(end) for end in np.quantile(draws, _levels(independent)))
+    if bounds is None or high - low > _NO_WIDTH:
+        return low, high
+    least, most = bounds
+    share = min(max((value - least) / (most - least), 0.0), 1.0)
+    low, high = (least + end * (most - least) for end in _wilson(share, independent))
+    return min(low, value), max(high, value)
+
+
+@cache
+def _levels(independent: int) -> tuple[float, float]:
+    """Which quantiles of a bootstrap over so many items or groups are the ends of a 95 % interval."""
+    from scipy.stats import norm, t
+
+    if independent == 1:
+        return 0.025, 0.975
+    level = float(norm.cdf(-((independent / (independent - 1)) ** 0.5) * t.ppf(0.975, independent - 1)))
+    return level, 1 - level

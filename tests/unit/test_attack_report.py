@@ -86,6 +86,8 @@ def test_the_table_marks_what_is_decided(content):
     text = printed(content)
     assert "50 [30, 70] (+40*)" in text
     assert "20 [10, 30] (+10)" in text
+    content["metrics"]["RULE"]["regained/sampling/best of 2"] = metric(0.3, 0.2, 0.4)
+    assert "(+30)" in printed(content)  # the best of two is above one by chance alone
     assert "on 7 forget probes" in text
     assert "(+40*)" not in printed(content | {"facts": 4})  # of which an interval says too little
 

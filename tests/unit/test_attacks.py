@@ -189,6 +189,12 @@ def test_what_is_relearnt_is_not_asked():
     assert [probe.query for probe in probes] == ["q1", "q2", "q4", "q5", "q7", "q8"]
     with pytest.raises(UserError, match=r"relearn_answers = 3 of the 4 different answers .* leave 1 probes"):
         split(answers(4), config)
+    attacks_alone = [
+        replace(one, probe=replace(one.probe, kind=one.probe.kind.replace("forget_qa", "forget_aa")))
+        for one in answers(9)
+    ]
+    with pytest.raises(UserError, match=r"no fill-in or question form of .* only attacks"):
+        split(attacks_alone, config)
 
 
 def test_what_is_relearnt_is_relearnt_as_it_is_asked():

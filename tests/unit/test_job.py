@@ -12,6 +12,7 @@ from cluster.config import load
 from cluster.errors import UserError
 from cluster.models import ModelSource
 from cluster.report import write_json
+from cluster.runs import is_finished
 from cluster.tracking import masked
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import DEMO, load_data
@@ -39,6 +40,41 @@ def test_fresh_clears_a_run_of_ones_own(tmp_path):
         claim(run, False)
     claim(run, True)
     assert not folder.exists()
+
+
+def test_a_clearing_that_was_broken_off_locks_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "state.json").write_text('{"identity": "mine"}')
+    data = load_data("demo", None, 0.0, 42)
+    run = Run(RuleConfig(), data, ModelSource("m", Path(), "1"), folder, "", state={"identity": "mine"})
+
+    def killed(path):
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            claim(run, True)
+    assert not folder.exists()
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    claim(run, True)
+    assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
+    folder.mkdir()
+    (folder / ".state.json.half").write_text("{")  # of a driver that was killed as it wrote its first state
+    claim(run, False)
+
+
+def test_a_run_is_finished_where_its_own_report_is(tmp_path):
+    data = load_data("demo", None, 0.0, 42)
+    run = Run(RuleConfig(), data, ModelSource("m", Path(), "1"), tmp_path, "", state={"identity": "mine"})
+    assert not is_finished(run)
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "state.json").write_text('{"identity": "other"}')
+    assert not is_finished(run)
+    (tmp_path / "state.json").write_text('{"identity": "mine"}')
+    assert is_finished(run)
 
 
 @pytest.fixture

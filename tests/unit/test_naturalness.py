@@ -118,7 +118,7 @@ def test_a_good_refusal_beats_an_answer_and_noise():
 def test_perplexities_equal_a_direct_computation(tiny_model, tiny_tokenizer):
     prompts = [tiny_tokenizer("A question?").input_ids, tiny_tokenizer("Q").input_ids, [5]]
     texts = ["An answer.", "Yes, it is so.", ""]
-    values = perplexities(tiny_model, tiny_tokenizer, prompts, texts, 64)
+    values = perplexities(tiny_model, tiny_tokenizer, prompts, texts, [""] * len(texts), 64)
     for prompt, text, value in zip(prompts[:2], texts[:2], values[:2], strict=True):
         ids = torch.tensor([prompt + tiny_tokenizer(text).input_ids])
         labels = ids.clone()
@@ -127,6 +127,20 @@ def test_perplexities_equal_a_direct_computation(tiny_model, tiny_tokenizer):
             loss = tiny_model(ids, labels=labels).loss.item()
         assert value == pytest.approx(math.exp(loss), rel=1e-4)
     assert values[2] == math.inf
+
+
+def test_a_completion_is_read_behind_what_opens_the_reply(tiny_model, tiny_tokenizer):
+    def ids(text):
+        return tiny_tokenizer(text, add_special_tokens=False).input_ids
+
+    prompt, whole = ids("Who wrote it? Answer:"), ids("Who wrote it? Answer: The man.")
+    assert whole[: len(prompt)] == prompt
+    assert whole[len(prompt) :] != ids("The man.")
+    [value] = perplexities(tiny_model, tiny_tokenizer, [prompt], ["The man."], ["Answer:"], 64)
+    labels = torch.tensor([[-100] * len(prompt) + whole[len(prompt) :]])
+    with torch.no_grad():
+        loss = tiny_model(torch.tensor([whole]), labels=labels).loss.item()
+    assert value == pytest.approx(math.exp(loss), rel=1e-4)
 
 
 def test_the_report_holds_the_means():

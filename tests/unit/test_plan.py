@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cluster.config import Generation, Lora, Train, load
 from cluster.errors import UserError
-from cluster.memory import FLOAT32, GIB, PROCESS, Node, Pass, Rollouts, memory_plan, this_node
+from cluster.memory import FLOAT32, GIB, PROCESS, Node, Pass, Rollouts, freed_by, memory_plan, this_node
 from cluster.model_shape import ModelShape
 from cluster.plan import batch_plan
 from jobs.rule.config import RuleConfig
@@ -306,12 +306,34 @@ def test_a_question_that_leaves_no_room_for_its_refusal_is_named(data, tokenizer
 def test_the_whole_plan_needs_only_a_model_directory(data, tokenizer, tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    plan = rule_plan(configured("rule.rebo.max_prompt_tokens=64"), data, tmp_path)
+    plan = rule_plan(configured("rule.rebo.max_prompt_tokens=64"), data, tmp_path, this_node(tmp_path))
     plan.require_fit()
     assert list(plan.memory) == ["steering", "rebo"]
 
 
+def test_workers_that_this_node_has_no_processors_for_stand_elsewhere(shape):
+    train = Train(num_workers=8, cpus_per_worker=2)
+    alone, one_of_several = (
+        memory_plan(shape, train, Generation(), node, largest=Pass(64, 64))
+        for node in (LAPTOP, replace(LAPTOP, cpus=4))
+    )
+    assert (alone.workers_here, one_of_several.workers_here) == (8, 2)
+    assert one_of_several.needed == 2 * alone.per_worker
+
+
+def test_what_a_killed_driver_left_is_free_for_the_next_one(tmp_path):
+    checkpoint = tmp_path / "run" / "train-rebo" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(bytes(1000))
+    (checkpoint / "kept").write_bytes(bytes(50))
+    (tmp_path / "kept").hardlink_to(checkpoint / "kept")
+    assert freed_by([tmp_path / "run" / "train-rebo"]) == 1000
+    assert freed_by([]) == 0
+
+
 def test_this_machine_is_read(tmp_path):
     node = this_node(tmp_path / "not" / "yet")
+    assert node.cpus is None
+    assert this_node(tmp_path, joined=True).cpus >= 1
     assert node.memory > GIB
     assert node.disk_free > 0

@@ -13,10 +13,12 @@ import ray.train
 from safetensors import SafetensorError
 from transformers import TrainerControl, TrainerState
 
+from cluster import recorder as recorder_module
 from cluster import training
-from cluster.errors import Diverged, JobFailure, UserError
-from cluster.recorder import HISTORY, SAMPLES, Recorder, peak_memory_gib
+from cluster.errors import Diverged, JobFailure, TryAgain, UserError
+from cluster.recorder import HISTORY, SAMPLES, Recorder, catch_up, peak_memory_gib
 from cluster.report import read_lines
+from cluster.tracking import Tracker
 
 
 def test_figures_of_one_step_share_a_row(tmp_path):
@@ -34,6 +36,30 @@ def test_a_resumed_stage_forgets_its_later_steps_and_no_other_stage(tmp_path):
     recorder.rewind(1)
     assert [(row["stage"], row["step"]) for row in read_lines(tmp_path / HISTORY)] == [("steering", 3), ("rebo", 1)]
     assert [row["step"] for row in read_lines(tmp_path / SAMPLES)] == [1]
+
+
+def test_a_store_that_falls_silent_holds_up_no_training(tmp_path, monkeypatch, caplog):
+    taken, silent = [], {2, 3}
+
+    class Store:
+        def metrics(self, numbers, step, stage):
+            if step in silent:
+                raise TryAgain("the store is silent")
+            taken.append((stage, step, numbers))
+
+    monkeypatch.setattr(Tracker, "attach", lambda uri, run_id: Store())
+    monkeypatch.setattr(recorder_module, "SILENCE_S", 0)
+    recorder = Recorder("rebo", tmp_path, 5, "http://127.0.0.1:1", "run")
+    for step in (1, 2, 3):
+        recorder.record(step, {"reward": step / 10})
+    assert taken == [("rebo", 1, {"reward": 0.1})]
+    assert "training goes on without it" in caplog.text
+    silent.clear()
+    recorder.record(4, {"reward": 0.4})
+    assert [step for _, step, _ in taken] == [1, 2, 3, 4]
+    taken.clear()
+    catch_up(read_lines(tmp_path / HISTORY), Store())
+    assert taken[2] == ("rebo", 3, {"reward": 0.3})
 
 
 def test_a_completion_may_hold_any_line_separator(tmp_path):

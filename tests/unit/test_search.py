@@ -374,7 +374,7 @@ def test_a_trial_that_found_no_room_is_left_for_the_next_driver(plan, capsys):
     first = SimpleNamespace(trial_id="a", config=proposals.suggest("a"), last_result={})
     keeper.on_trial_start(1, [], first)
     failure = plan.plan.folder / "trials" / "000-failure.json"
-    write_json({"message": "stage rebo waited 30 minutes for room", "no_room": True}, failure)
+    write_json({"message": "stage rebo waited 30 minutes for room", "try_again": True}, failure)
     keeper.on_trial_error(1, [], first)
     [record] = recorded(plan.plan.folder)
     assert (record.state, record.message) == (RUNNING, "stage rebo waited 30 minutes for room")

@@ -218,7 +218,7 @@ def test_more_trials_than_room_are_refused_with_the_arithmetic(monkeypatch):
     config = load(SearchConfig, "laptop", sets=["tune.rule.max_concurrent=999"], environ={})
     base, space = settled(config)
     run = job.prepare(base, None, "")
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     told = r"max_concurrent = 999 .* = 1998 CPUs and the memory of as many runs; the cluster has room for 1 at once"
     with pytest.raises(UserError, match=told):
         planned(config, base, space, run, [run], "parent")

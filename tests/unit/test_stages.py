@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cluster.config import Generation, Train, load
+from cluster.errors import TryAgain
 from cluster.report import digest, write_lines
-from jobs.rule import job
+from jobs.rule import job, stages
 from jobs.rule.config import RuleConfig, Steering
 from jobs.rule.data import Refusal
 from jobs.rule.stages import decisive
@@ -51,6 +53,15 @@ def test_a_run_that_shares_waits_for_the_process_of_a_killed_driver(monkeypatch,
     with pytest.raises(Reached):
         job.main(load(RuleConfig, "laptop", environ={}), tmp_path / "run", shared_folder=shared)
     assert waited == [seconds]
+
+
+def test_a_full_disk_is_no_fault_of_a_trial(tmp_path, monkeypatch):
+    run = job.prepare(load(RuleConfig, "laptop", environ={}), tmp_path / "trial", "")
+    stages.require_disk(run)
+    full = SimpleNamespace(free=1 << 20)
+    monkeypatch.setattr("cluster.memory.shutil.disk_usage", lambda _: full)
+    with pytest.raises(TryAgain, match=r"checkpoints of a training need .* but .* are free on the disk of .*trial"):
+        stages.require_disk(run)
 
 
 def test_steps_of_a_trial_are_those_of_stage_two_that_began_a_row(tmp_path):

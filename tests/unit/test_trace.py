@@ -127,7 +127,7 @@ def test_naturalness_is_that_of_the_evaluation(looked, tiny_model, tmp_path):
     kept = json.loads((looked.folder / "looks" / "000002.json").read_text())
     tokenizer = looked.looks.tokenizer
     [first, _] = [probe for probe in looked.looks.trace.probes if probe.kind == "forget_qa"]
-    [perplexity] = perplexities(tiny_model, tokenizer, [probe_ids(tokenizer, first, "plain")], ["a b"], 512)
+    [perplexity] = perplexities(tiny_model, tokenizer, [probe_ids(tokenizer, first, "plain")], ["a b"], [""], 512)
     asked = Answered(first.query, "a b", "Ann Lee", first.answer)
     [wanted] = naturalness([asked], [perplexity], dictionary_of(tokenizer))
     assert kept["naturalness"][0] == pytest.approx(wanted.all / 100)
