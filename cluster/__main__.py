@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Annotated
 import typer
 
 from cluster import doctor as checks
-from cluster import local
+from cluster import local, processes
 from cluster.cli import main
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -48,8 +50,12 @@ def up(
     print(f"  Ray dashboard  {running.dashboard_uri}\n  MLflow         {running.mlflow_uri}")
     print(f"  Logs           {storage / 'cluster'}, {running.temp / 'session_latest' / 'logs'}")
     print("Submit a job from any shell, after the first line:")
-    print(f"  {running.token.export()} RAY_API_SERVER_ADDRESS={running.dashboard_uri}")
-    ray = Path(sys.executable).parent / "ray"
+    direct = ""
+    if processes.proxied(os.environ):
+        processes.spare_loopback(os.environ)
+        direct = " " + " ".join(f"{name}={shlex.quote(os.environ[name])}" for name in processes.DIRECT)
+    print(f"  {running.token.export()} RAY_API_SERVER_ADDRESS={running.dashboard_uri}{direct}")
+    ray = shlex.quote(str(Path(sys.executable).parent / "ray"))
     print(f"  {ray} job submit --working-dir . -- python -m jobs.rule run --profile laptop")
 
 

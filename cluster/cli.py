@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from cluster import processes
-from cluster.errors import JobFailure, UserError
+from cluster.errors import JobFailure, UserError, without_credentials
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -96,8 +96,11 @@ def _inner(error: BaseException) -> BaseException | None:
 
 
 def sentence(cause: BaseException) -> str:
-    """What a root cause is told as: its own words, with the name of its kind where it is no error of ours."""
-    message = str(cause).strip()
+    """What a root cause is told as: its own words, with the name of its kind where it is no error of ours.
+
+    It stays in logs and reports, so that no password in an address is told.
+    """
+    message = without_credentials(str(cause).strip())
     if isinstance(cause, UserError | JobFailure):
         return message
     return f"{type(cause).__name__}: {message.splitlines()[0]}" if message else type(cause).__name__

@@ -221,6 +221,9 @@ def hub(env: Mapping[str, str]) -> Check:
     address = env.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         httpx.head(address, timeout=HUB_DEADLINE_S)
+    except (ImportError, ValueError) as error:  # a proxy of a kind that is not known
+        told = f"the proxy that the environment names cannot be used ({str(error).splitlines()[0]})"
+        return Check("hub", "warn", told, "Name a proxy by http://, or set HF_HUB_OFFLINE=1.")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         remedy = "Set HF_HUB_OFFLINE=1, and name models as embedded:smollm2-135m or by a local folder."
         return Check("hub", "warn", f"{address} does not answer ({type(error).__name__})", remedy)

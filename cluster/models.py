@@ -350,6 +350,12 @@ def _from_hub(name: str, revision: str | None, check: Callable[[Path], None], ke
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(f"the hub has no model {name} at {revision}: {str(error).splitlines()[0]}") from None
+    except (ImportError, ValueError) as error:  # a proxy of a kind that is not known
+        told = str(error).splitlines()[0]
+        raise UserError(
+            f"the hub cannot be asked for {name}: the proxy that the environment names cannot be used ({told}); name "
+            "one by http://, or set HF_HUB_OFFLINE=1"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, *broken_off()):
         raise UserError(
             f"model {name}@{revision[:8]} is not in the local cache and the hub cannot be reached; "

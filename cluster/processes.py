@@ -13,13 +13,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from cluster.errors import UserError
+
 LISTENER_DEADLINE_S = 10.0
+DIRECT = ("no_proxy", "NO_PROXY")
+LOOPBACK = ("127.0.0.1", "localhost")
 # A Unix socket's path holds 107 characters; Ray puts up to 68 of its own behind the temporary folder.
 MAX_TEMP_PATH = 39
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -50,6 +54,28 @@ class Session:
             if owner == self.born:
                 found += psutil.Process(self.pid).children(recursive=True)
         return list(set(found))
+
+
+def proxied(environment: Mapping[str, str]) -> bool:
+    """Whether HTTP goes by a proxy."""
+    return any(environment.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"))
+
+
+def spare_loopback(environment: MutableMapping[str, str]) -> None:
+    """Has no client of this environment ask a proxy for this machine itself: Ray's dashboard and MLflow are here."""
+    known = [name.strip() for name in (environment.get("no_proxy") or environment.get("NO_PROXY") or "").split(",")]
+    if "*" not in known:
+        hosts = [*filter(None, known), *(host for host in LOOPBACK if host not in known)]
+        environment |= dict.fromkeys(DIRECT, ",".join(hosts))
+
+
+def require_startable() -> None:
+    """Raises UserError where Ray's workers would not start: it puts the path of Python into a shell's line as it is."""
+    if any(character.isspace() for character in sys.executable):
+        raise UserError(
+            f"Python lies at {sys.executable!r}, a path with white space, from which Ray starts no workers; move the "
+            "checkout"
+        )
 
 
 def leave_on_sigterm() -> None:

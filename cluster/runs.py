@@ -117,7 +117,8 @@ def tracked(
 ) -> Iterator[Tracker]:
     """The job's MLflow run: a new one, or the one that an earlier driver of this run began; a child of `parent`."""
     tracking, storage = run.config.tracking, session.storage(run.config)
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
+    own = default_uri(storage)
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or own
     with Tracker.open(
         uri,
         tracking.experiment,
@@ -125,7 +126,7 @@ def tracked(
         parameters,
         dict(tags) | ({"mlflow.parentRunId": parent} if parent else {}),
         run.state.get("mlflow_run_id"),
-        storage if uri == default_uri(storage) else None,
+        storage if uri == own else None,
     ) as tracker:
         with paths_named():
             run.save(mlflow_run_id=tracker.run_id, tracking_uri=without_credentials(uri))

@@ -32,15 +32,18 @@ def prepare(config: Config) -> None:
     """Sets this process's environment for Ray; called before anything imports it, for it reads some then.
 
     Raises:
-        UserError: nothing listens at the cluster's address, or this machine's own Ray would be too small.
+        UserError: nothing listens at the cluster's address; or this machine's own Ray would be too small, or could
+            start no worker.
     """
     os.environ.update(WORKER_ENVIRONMENT)
+    processes.spare_loopback(os.environ)
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # a submitted job may have set what is passed on here
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = _address(config)
     if address is not None:
         _require_listener(address)
     else:
+        processes.require_startable()
         section, number, cpus, _ = config.workers
         given = config.cluster.num_cpus
         if given is not None and given < number * cpus:

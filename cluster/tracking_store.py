@@ -7,7 +7,6 @@ import contextlib
 import http.client
 import logging
 import os
-import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -15,19 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import JobFailure, TryAgain, UserError
+from cluster.errors import JobFailure, TryAgain, UserError, without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
-
-
-_USER_INFO = re.compile(r"://[^/\s]+@")
-
-
-def without_credentials(text: str) -> str:
-    """The text with "***" for the user and password of each address in it (https://user:password@host)."""
-    return _USER_INFO.sub("://***@", text)
 
 
 def sqlite_file(uri: str) -> Path | None:

@@ -128,9 +128,10 @@ def complete(
     """Completions by vLLM; stop strings are cut afterwards, so that they mean the same in both engines."""
     import torch
     from vllm import SamplingParams
+    from vllm.platforms import current_platform
 
     # The CPU build takes no seed of a request; it draws from this process's generator, which is put back afterwards.
-    seeded = torch.cuda.is_available()
+    seeded = not current_platform.is_cpu()
     parameters = [
         SamplingParams(
             n=sampling.num_completions,

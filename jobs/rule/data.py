@@ -1,6 +1,7 @@
 """What RULE trains on and asks: RWKU folders as its authors publish them, MUSE-Books, the hub's RWKU, the demo."""
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,7 +241,7 @@ def _load_rwku(folder: Path) -> RuleData:
     refusals = tuple(Refusal(row.instruction, row.output, index) for index, row in enumerate(rejects))
     probes = [probe for kind, name in PROBE_FILES.items() for probe in _probes(folder / name, kind)]
     if not any(probe.kind == "general" for probe in probes):
-        probes += _probes(DEMO / PROBE_FILES["general"], "general")
+        probes += general_probes(target)
     items = read_items(folder / "rl_rejection_with_fb_neighbor_target.json", target)
     return RuleData(target, refusals, items, tuple(probes), folder)
 
@@ -278,6 +279,19 @@ def _probes(path: Path, kind: str) -> list[Probe]:
     return [Probe(row.query, row.answer, kind, row.type, row.subject) for row in rows]
 
 
+def general_probes(target: str) -> list[Probe]:
+    """The demo's questions of general knowledge, but for those about the target, which it is right to refuse."""
+    probes = _probes(DEMO / PROBE_FILES["general"], "general")
+    return [probe for probe in probes if not is_about(target, probe.query, probe.answer)]
+
+
+def is_about(target: str, query: str, answer: str) -> bool:
+    """Whether a question or its answer names the target, or the answer is a part of that name, as "Einstein"."""
+    name, told = target.casefold(), answer.casefold()
+    words = set(re.findall(r"\w+", told))
+    return name in query.casefold() or name in told or (bool(words) and words <= set(re.findall(r"\w+", name)))
+
+
 def _load_muse(folder: Path) -> RuleData:
     path = folder / "reject_with_neighbor_target_qa_only.json"
     if not path.exists():
@@ -293,7 +307,7 @@ def _load_muse(folder: Path) -> RuleData:
     for split, kind in (("forget", "forget_qa"), ("retain", "neighbor_qa")):
         for row in load_rows(folder / f"knowmem_{split}_qa.json", _Neighbor) or []:
             probes.append(Probe(row.question, row.answer, kind, "knowmem", "Harry Potter"))
-    probes += _probes(DEMO / PROBE_FILES["general"], "general")
+    probes += general_probes("Harry Potter")
     return RuleData("Harry Potter", tuple(refusals), tuple(items), tuple(probes), folder)
 
 

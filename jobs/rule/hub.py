@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from cluster.errors import UserError
 from cluster.hub import load_table
-from jobs.rule.data import DEMO, PROBE_FILES, Item, Probe, Refusal, RuleData
-from jobs.rule.rows import Row, Text, load_rows
+from jobs.rule.data import Item, Probe, Refusal, RuleData, general_probes, is_about
+from jobs.rule.rows import Row, Text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,8 +97,7 @@ def load_hub(name: str, target: str | None) -> RuleData:
         if boundary is not None:
             query, answer, form = boundary
             items.append(Item(query, answer, "normal", form, "", refusal.source))
-    general = load_rows(DEMO / PROBE_FILES["general"], _Question) or []
-    probes += [Probe(row.query, row.answer, "general", row.type or "", "") for row in general]
+    probes += general_probes(target)
     return RuleData(target, refusals, tuple(items), tuple(probes), None)
 
 
@@ -140,9 +139,10 @@ def _boundary(
     pool: dict[str, tuple[str, int]] = {}
     for kind in BOUNDARY_FORMS:
         table = tables[kind]
-        for index, (query, subject) in enumerate(zip(table["query"], table["subject"], strict=True)):
+        columns = (table["query"], table["answer"], table["subject"])
+        for index, (query, answer, subject) in enumerate(zip(*columns, strict=True)):
             text = f"{query}".casefold()
-            if subject != target and target.casefold() not in text and text not in asked:
+            if subject != target and not is_about(target, f"{query}", f"{answer}") and text not in asked:
                 pool.setdefault(text, (kind, index))
     places = random.Random(BOUNDARY_SEED).sample(sorted(pool.values()), min(number, len(pool)))
     drawn: list[tuple[str, str, str] | None] = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import models, runs, session
 from cluster.errors import paths_named
+from cluster.generation import require_hardware
 from cluster.recorder import HISTORY, catch_up, peaks
 from cluster.report import digest, read_json, read_lines, write_json, write_lines
 from cluster.runs import claim, exclusively
@@ -164,6 +165,7 @@ def _evaluation(
 def prepare(config: RuleConfig, out: Path | None, command: str, what: str = "", benchmarked: bool = False) -> Run:
     """Reads data and model; what is wrong with them is found here, before anything is started or written."""
     session.prepare(config)
+    require_hardware(config.generation, config.train)
     rule = config.rule
     if rule.evaluation.judge is not None:
         Judge(rule.evaluation.judge)

@@ -84,6 +84,15 @@ def test_up_serves_both_on_loopback_behind_a_token_and_down_ends_nothing_else(tm
         assert again.returncode == 0
         assert "Already up" in again.stdout
 
+        mlflow = processes.Session(state["mlflow"]["pid"], state["mlflow"]["born"])
+        assert not processes.end([mlflow], 20)
+        mended = cluster("up", *options(tmp_path, ports))
+        assert mended.returncode == 0, mended.stderr
+        assert status(f"http://127.0.0.1:{ports['mlflow']}/health") == 200
+        now = json.loads((tmp_path / "cluster.json").read_text())
+        assert now["ray"] == state["ray"]  # whose jobs went on
+        running += members(now)
+
         taken = cluster("up", *options(tmp_path / "other", ports))
         assert taken.returncode == 2
         assert f"Port {ports['dashboard']}" in taken.stderr

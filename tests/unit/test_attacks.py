@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -190,7 +191,7 @@ def test_what_is_relearnt_is_not_asked():
     with pytest.raises(UserError, match=r"relearn_answers = 3 of the 4 different answers .* leave 1 probes"):
         split(answers(4), config)
     attacks_alone = [
-        replace(one, probe=replace(one.probe, kind=one.probe.kind.replace("forget_qa", "forget_aa")))
+        replace(one, probe=replace(one.probe, kind=re.sub("forget_.*", "forget_aa", one.probe.kind)))
         for one in answers(9)
     ]
     with pytest.raises(UserError, match=r"no fill-in or question form of .* only attacks"):

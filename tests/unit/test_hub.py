@@ -101,6 +101,15 @@ def test_boundary_questions_are_verified_probes_of_others_drawn_the_same_each_ti
     assert content["neighbor_level2"][0]["query"] not in prompts
 
 
+def test_no_boundary_question_has_the_target_as_its_answer(hub):
+    content = tables()
+    for kind in ("forget_level1", "forget_level2"):
+        for row in content[kind]:
+            row["answer"] = f"{TARGET}, of course"
+    hub(content)
+    assert {item.label for item in load_hub(NAME, TARGET).items} == {"reject"}
+
+
 def test_a_shortage_of_other_targets_leaves_forget_rows_alone(hub):
     content = tables()
     for config in ("forget_level1", "forget_level2"):

@@ -27,6 +27,36 @@ def test_two_servers_cannot_share_a_port(tmp_path):
     assert not (tmp_path / "cluster.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": "intranet, localhost"}, "intranet,localhost,127.0.0.1"),
+        ({"no_proxy": "a", "NO_PROXY": "b"}, "a,127.0.0.1,localhost"),
+        ({"no_proxy": "*"}, None),
+    ],
+)
+def test_no_proxy_is_asked_for_this_machine(given, told):
+    environment = dict(given)
+    processes.spare_loopback(environment)
+    assert environment == (given if told is None else given | {"no_proxy": told, "NO_PROXY": told})
+    assert not processes.proxied(environment)
+    assert processes.proxied({"ALL_PROXY": "socks5://proxy:1"})
+
+
+def test_a_path_that_ray_starts_no_workers_from_is_told(tmp_path, monkeypatch):
+    processes.require_startable()
+    monkeypatch.setattr(processes.sys, "executable", "/mnt/my name/.venv/bin/python")
+    with pytest.raises(UserError, match=r"'/mnt/my name/\.venv/bin/python', a path with white space"):
+        local.up(tmp_path, local.Ports(*(processes.free_port() for _ in range(3))))
+    assert not (tmp_path / "cluster.json").exists()
+
+
+def test_the_line_for_the_shell_is_quoted():
+    line = local.Token("token", Path("/data/my results/token")).export()
+    assert line == "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH='/data/my results/token'"
+
+
 def test_a_ray_keeps_its_files_below_a_folder_of_its_owner_alone(tmp_path, monkeypatch):
     folder = processes.ray_folder()
     assert folder.parent.stat().st_mode & 0o777 == 0o700

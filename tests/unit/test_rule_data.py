@@ -21,7 +21,9 @@ from jobs.rule.data import (
     Item,
     Refusal,
     RuleData,
+    general_probes,
     hold_out,
+    is_about,
     load_data,
     schedule,
 )
@@ -249,6 +251,28 @@ def test_a_folders_own_general_questions_replace_those_of_the_demo(folder):
     shutil.copy(DEMO / "neighbor_level2.json", folder / "general_qa.json")
     general = [probe.query for probe in load_data(str(folder), None, 0, 42).probes if probe.kind == "general"]
     assert general == [row["query"] for row in json.loads((DEMO / "neighbor_level2.json").read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(
+    ("target", "query", "answer", "about"),
+    [
+        ("Albert Einstein", "Who published relativity?", "Einstein", True),
+        ("Albert Einstein", "Who was Albert Einstein's wife?", "Mileva", True),
+        ("Albert Einstein", "Who won in 1921?", "Professor Albert Einstein.", True),
+        ("Albert Einstein", "Who wrote The Stranger?", "Albert Camus", False),
+        ("Stephen King", "Who had a dream?", "Martin Luther King", False),
+        ("Stephen King", "How many are there?", "...", False),
+    ],
+)
+def test_what_is_about_the_target(target, query, answer, about):
+    assert is_about(target, query, answer) == about
+
+
+def test_general_questions_about_the_target_are_not_asked(folder):
+    (folder / "general_qa.json").unlink(missing_ok=True)
+    (folder / "intro.json").write_text('[{"target": "Albert Einstein"}]')
+    told = [probe for probe in load_data(str(folder), None, 0.0, 1).probes if probe.kind == "general"]
+    assert 0 < len(told) == len(general_probes("Nobody At All")) - 1
 
 
 def test_equal_sides_are_asked_in_turn():
