@@ -183,7 +183,12 @@ def writable(storage: Path) -> Check:
 
 def ports(cluster: local.Local | None) -> Check:
     """The ports of `make up`: free, or held by the cluster of our own that runs."""
-    own = [cluster.ports.dashboard, cluster.ports.ray, cluster.ports.mlflow] if cluster and cluster.running else []
+    own = []
+    if cluster and cluster.ray.leads():
+        own = [cluster.ports.dashboard, cluster.ports.ray]
+        if not cluster.mlflow.leads():
+            return Check("ports", "warn", "MLflow of `make up` has died", "Run `make up`, which starts it again.")
+        own.append(cluster.ports.mlflow)
     wanted = local.Ports()
     named = {"dashboard": wanted.dashboard, "ray": wanted.ray, "mlflow": wanted.mlflow}
     taken = {name: port for name, port in named.items() if port not in own and not local.port_is_free(port)}

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -42,10 +43,10 @@ class Node:
     cpus: int | None = None
 
 
-def this_node(storage: Path, joined: bool = False) -> Node:
+def this_node(storage: Path, one_of_several: bool = False) -> Node:
     """Memory (a container's limit where there is one), GPUs, and free disk under `storage`, which need not exist.
 
-    `joined`: whether it is one of a running cluster, which may have others.
+    `one_of_several`: whether the cluster may have other nodes.
     """
     import joblib
     import torch
@@ -53,14 +54,23 @@ def this_node(storage: Path, joined: bool = False) -> Node:
 
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     existing = next(folder for folder in (storage.absolute(), *storage.absolute().parents) if folder.exists())
-    cpus = joblib.cpu_count() if joined else None
+    cpus = joblib.cpu_count() if one_of_several else None
     return Node(get_system_memory(), tuple(gpus), shutil.disk_usage(existing).free, cpus)
 
 
 def freed_by(folders: Iterable[Path]) -> int:
-    """Bytes on disk that go with these folders, as far as no other name of a file keeps them."""
-    found = (path.lstat() for folder in folders for path in folder.rglob("*"))
-    return sum(one.st_size for one in found if stat.S_ISREG(one.st_mode) and one.st_nlink == 1)
+    """Bytes on disk that go with these folders, as far as no other name of a file keeps them.
+
+    Another process may be at work there: what goes meanwhile counts nothing.
+    """
+    freed = 0
+    for folder in folders:
+        for place, _, names in os.walk(folder):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    one = os.lstat(os.path.join(place, name))
+                    freed += one.st_size if stat.S_ISREG(one.st_mode) and one.st_nlink == 1 else 0
+    return freed
 
 
 @dataclass(frozen=True)

@@ -350,7 +350,9 @@ def _from_hub(name: str, revision: str | None, check: Callable[[Path], None], ke
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(f"the hub has no model {name} at {revision}: {str(error).splitlines()[0]}") from None
-    except (ImportError, ValueError) as error:  # a proxy of a kind that is not known
+    except (ImportError, ValueError) as error:
+        if "proxy" not in str(error):
+            raise
         told = str(error).splitlines()[0]
         raise UserError(
             f"the hub cannot be asked for {name}: the proxy that the environment names cannot be used ({told}); name "

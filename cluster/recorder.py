@@ -5,9 +5,9 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,7 +43,6 @@ class Recorder:
     tracking_uri: str | None = None
     run_id: str | None = None
     _attached: "Tracker | None" = None
-    _unsent: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     _ask_again: float = 0.0
 
     @property
@@ -93,9 +92,12 @@ class Recorder:
             f"{self.stage} step {step}/{self.total_steps}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()),
             flush=True,
         )
-        if self.run_id is not None and self.tracking_uri is not None:
-            self._unsent.append((step, _numbers(figures)))
-            self._send()
+        self._send(step, _numbers(figures))
+
+    def catch_up(self) -> None:
+        """Sends what the store missed of the stage, by its driver; a silent store is only warned of."""
+        self._attached, self._ask_again = None, 0.0
+        self._send(0, {})
 
     def rewind(self, step: int) -> None:
         """Forgets what was recorded of this stage after `step`."""
@@ -117,30 +119,26 @@ class Recorder:
     def _write(self, rows: list[dict], name: str = HISTORY) -> None:
         write_lines(rows, self.folder / name)
 
-    def _send(self) -> None:
+    def _send(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self.run_id is None or self.tracking_uri is None or time.monotonic() < self._ask_again:
+            return
         from cluster.tracking import Tracker
 
-        if time.monotonic() < self._ask_again:
-            return
+        asked = time.monotonic()
         try:
             if self._attached is None:
-                self._attached = Tracker.attach(self.tracking_uri, self.run_id)
-            while self._unsent:
-                step, numbers = self._unsent[0]
+                tracker = Tracker.attach(self.tracking_uri, self.run_id)
+                for row in read_lines(self.folder / HISTORY):  # what it has is not sent twice
+                    if row["stage"] == self.stage:
+                        tracker.metrics(_numbers(_flat(row)), row["step"], self.stage)
+                self._attached = tracker
+            else:
                 self._attached.metrics(numbers, step, self.stage)
-                self._unsent.pop(0)
         except (UserError, JobFailure) as error:
-            self._ask_again = time.monotonic() + SILENCE_S
+            now = time.monotonic()
+            # a server that hangs takes minutes to say so
+            self._attached, self._ask_again = None, now + max(SILENCE_S, 10 * (now - asked))
             logger.warning("training goes on without it, and its figures are sent later: %s", error)
-
-
-def catch_up(rows: Sequence[Mapping[str, Any]], tracker: "Tracker") -> None:
-    """Sends what a store missed of a run's history at the end of its stages.
-
-    `tracker`: attached to the run, so that what it has is not sent twice.
-    """
-    for row in rows:
-        tracker.metrics(_numbers(row), row["step"], row["stage"])
 
 
 def rank() -> int:
@@ -176,6 +174,13 @@ def peaks(folder: Path, of: Literal["gib", "gpu_gib"] = "gib") -> dict[str, floa
 
 def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in figures.items() if isinstance(value, int | float) and key != "step"}
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `_nested`."""
+    inner = {key: value for key, value in row.items() if isinstance(value, Mapping)}
+    below = {f"{key}/{name}": value for key, values in inner.items() for name, value in values.items()}
+    return {key: value for key, value in row.items() if key not in inner} | below
 
 
 def _nested(figures: dict[str, Any]) -> dict[str, Any]:

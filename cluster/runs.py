@@ -72,18 +72,31 @@ def claim(run: Run, fresh: bool) -> None:
     folder, identity = run.folder, run.state["identity"]
     found = read_json(folder / STATE)
     state = found if isinstance(found, dict) and "identity" in found else {}
-    for leftover in folder.parent.glob(f".{folder.name}{CLEARED}*"):  # of a driver that was killed as it cleared
-        shutil.rmtree(leftover, ignore_errors=True)
     if not state and folder.exists() and any(not path.name.startswith(f".{STATE}.") for path in folder.iterdir()):
         raise UserError(f"--out {folder} holds other things than a run; name a new or empty folder")
-    if fresh and state:
+    if fresh:
         with exclusively(folder):
-            # at once: what is cleared by halves would be nobody's run
-            shutil.rmtree(folder.rename(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{CLEARED}")))
+            _clear(folder)
     elif state and state["identity"] != identity:
         raise UserError(f"{folder} holds a run of another configuration; take another --out, or --fresh to replace it")
     else:
         run.state |= state
+
+
+def _clear(folder: Path) -> None:
+    for leftover in folder.parent.glob(f".{folder.name}{CLEARED}*"):  # of a driver that was killed as it cleared
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not folder.exists():
+        return
+    moved = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{CLEARED}"))
+    try:
+        folder.rename(moved)  # at once: what is cleared by halves would be nobody's run
+    except OSError:  # a mount point stays where it is
+        moved.rmdir()
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == STATE):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    else:
+        shutil.rmtree(moved, ignore_errors=True)
 
 
 def is_finished(run: Run) -> bool:

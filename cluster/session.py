@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cluster import processes
 from cluster.config import Config, TrainingConfig
@@ -215,9 +216,13 @@ def storage(config: Config) -> Path:
     return Path(config.cluster.storage).expanduser().resolve()
 
 
-def joins(config: Config) -> bool:
-    """Whether a job runs on a cluster that runs already, which may have other nodes than this one."""
-    return _address(config) is not None
+def has_other_nodes(config: Config) -> bool:
+    """Whether a job may meet other nodes than this one: on a cluster that runs already, unless it is loopback's."""
+    address = _address(config)
+    if address is None:
+        return False
+    host = urlsplit(address if "//" in address else f"//{address}").hostname
+    return host not in processes.LOOPBACK
 
 
 def places(cpus: float, gpus: float) -> int:
@@ -226,8 +231,9 @@ def places(cpus: float, gpus: float) -> int:
 
     found = 0
     for node in (node["Resources"] for node in ray.nodes() if node["Alive"]):
-        each = [node.get(name, 0) // amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount]
-        found += int(min(each))
+        # in ten-thousandths, as Ray counts: 1.0 // 0.2 is 4
+        wanted = {name: round(amount * 10_000) for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+        found += min(round(node.get(name, 0) * 10_000) // amount for name, amount in wanted.items())
     return found
 
 
@@ -244,7 +250,7 @@ def _require_room(config: Config) -> None:
                 f"but the cluster has {present:g}; lower {section}.num_workers or add nodes"
             )
     room = places(cpus, gpus)
-    if room < number:
+    if isinstance(config, TrainingConfig) and room < number:  # other jobs place their tasks and actors apart
         each = f"{cpus:g} CPU" + f" and {gpus:g} GPU" * bool(gpus)
         raise UserError(
             f"{section}.num_workers = {number} workers, each of {each} on one node, do not fit: the cluster's nodes "

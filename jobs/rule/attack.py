@@ -178,7 +178,7 @@ def _prepared(
     probes = [probe for probe in run.data.probes if probe.kind in KINDS]
     for name, path in paths.items():
         check_room(name, path, probes, rule)
-    node = this_node(run.folder, session.joins(config))
+    node = this_node(run.folder, session.has_other_nodes(config))
     return run, paths, rule_plan(config, run.data, run.source.path, node, ("steering",))
 
 
@@ -379,6 +379,7 @@ def _relearned(
     if not (task.output / "config.json").exists():
         with run.phase(f"{RELEARNING} of {name}"):
             training.fit(steer, task, recorder, config.train)
+        recorder.catch_up()
     steps = {
         str(row["step"]): {"forget": 1 - row["forgotten"], "retain": row["retained"]}
         for row in read_lines(folder / HISTORY)

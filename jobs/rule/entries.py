@@ -177,7 +177,7 @@ def named_models(texts: Sequence[str], taken: Collection[str]) -> dict[str, Path
             raise UserError(
                 f"--model {text} is not of the form NAME=DIR, NAME of letters, digits and . + @ - _, no dot first"
             )
-        if name in found or name in taken:
+        if name in taken or slug(name) in map(slug, found):
             raise UserError(f"--model {text}: there is a model {name} already; take another name")
         found[name] = Path(folder)
     return found

@@ -179,7 +179,6 @@ def _kept(
                 [recalls],
                 seed,
                 groups=[asked_for],
-                bounds=(0.0, 1.0),
             )
     return kept
 

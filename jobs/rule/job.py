@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import models, runs, session
 from cluster.errors import paths_named
 from cluster.generation import require_hardware
-from cluster.recorder import HISTORY, catch_up, peaks
+from cluster.recorder import HISTORY, peaks
 from cluster.report import digest, read_json, read_lines, write_json, write_lines
 from cluster.runs import claim, exclusively
 from cluster.tracking import Tracker, masked
@@ -287,7 +287,6 @@ def conclude(run: Run, tracker: Tracker, examined: dict[str, Examined], unlearne
     }
     if on_gpus := peaks(folder, "gpu_gib"):
         content["peak_gpu_memory_gib"] = on_gpus
-    catch_up(history, Tracker.attach(tracker.uri, tracker.run_id))
     for path in plots(content, history, folder / "plots"):
         tracker.artifact(path, "plots")
     for stage, one in examined.items():

@@ -1,5 +1,6 @@
 """The trainings of a RULE run: its two stages, or one other method; what they need is checked before any starts."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -102,8 +103,8 @@ def plan(run: "Run", cleared: Path | None = None) -> Plan:
 
     Checkpoints that an earlier driver left in the run's folder make room for the next ones.
     """
-    node = this_node(run.folder, session.joins(run.config))
-    leftovers = run.folder.rglob("train-*") if cleared is None else [cleared]
+    node = this_node(run.folder, session.has_other_nodes(run.config))
+    leftovers = _checkpoints(run.folder) if cleared is None else [cleared]
     node = replace(node, disk_free=node.disk_free + freed_by(leftovers))
     name = run.config.rule.method
     method = methods.find(name)
@@ -115,6 +116,12 @@ def plan(run: "Run", cleared: Path | None = None) -> Plan:
         wanted = tuple(stage for stage, is_trained in trained.items() if is_trained)
         return rule_plan(run.config, run.data, run.source.path, node, wanted)
     return baseline_plan(run.config, method, run.corpora, run.source.path, node)
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    for place, folders, _ in os.walk(folder):
+        yield from (Path(place, name) for name in folders if name.startswith("train-"))
+        folders[:] = [name for name in folders if not name.startswith("train-")]
 
 
 def slots(runs: Iterable["Run"]) -> int:
@@ -243,5 +250,6 @@ def trained(run: "Run", tracker: Tracker, stage: str, worker: Callable, task: An
     if not (task.output / "config.json").exists():
         with run.phase(stage):
             training.fit(worker, task, recorder, run.config.train, run.callbacks)
+        recorder.catch_up()
     shutil.rmtree(recorder.checkpoints, ignore_errors=True)  # also of a driver that was killed before it did
     return task.output

@@ -13,15 +13,24 @@ from tests.e2e import commands
 from tests.e2e.commands import alive, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-METHODS = "ICU,RS,RT@1e-3,RULE,GA@1e30"
-FINISHED = {"ICU": "ICU", "RS": "RS", "RT@0.001": "RT-at-0.001", "RULE": "RULE"}
+METHODS = "ICU,RS,RT@1e-3,RULE,RMU@1e-2,GA@1e30"
+FINISHED = {"ICU": "ICU", "RS": "RS", "RT@0.001": "RT-at-0.001", "RULE": "RULE", "RMU@0.01": "RMU-at-0.01"}
 FAST = {
     "rule.rebo.steps": 6,
     "rule.baseline.warmup_steps": 0,
     "rule.baseline.schedule": "constant",
     "rule.baseline.batch_size": 4,
     "rule.baseline.epochs": 4,
+    "rule.baseline.rmu_alpha": 1,
     "train.max_failures": 1,
+}
+VARIANT = {  # RULE without its first stage and with fewer boundary questions
+    "rule.rebo.start": "original",
+    "rule.rebo.reference": "original",
+    "rule.rebo.advantage": "reinforce_plus_plus",
+    "rule.rebo.steps": 3,
+    "rule.boundary.ratio": 0.5,
+    "rule.boundary.fill_in": False,
 }
 
 
@@ -95,6 +104,10 @@ def test_every_method_is_measured_as_rule_is(compared, reports):
         metrics = reports[name]["metrics"]["unlearned"]
         assert metrics["known/forget/refusal"]["value"] > 0.2
         assert metrics["known/forget/rouge_l_recall"]["value"] < 0.8
+    known = {
+        stage: one["known/forget/rouge_l_recall"]["value"] for stage, one in reports["RMU@0.01"]["metrics"].items()
+    }
+    assert known["unlearned"] < known["original"] - 0.2
     assert "unlearning" not in reports["ICU"]["seconds"]
 
 
@@ -128,18 +141,24 @@ def test_stage_one_and_the_original_are_asked_once(compared, reports):
 def test_other_entries_and_models_find_what_is_trained(compared, world):
     folder, _ = compared
     designs = folder.parent / "designs.yaml"
-    designs.write_text("prompted: {rule.method: ICU}\n")
+    designs.write_text(json.dumps({"prompted": {"rule.method": "ICU"}, "variant": VARIANT}))
     arguments = ["compare", "--methods", "RS,ICU", "--entries", str(designs), "--model", f"theirs={world.gold}"]
     arguments += ["--gold", str(world.gold), *commands.settings(world, FAST), "--out", str(folder)]
-    process = commands.start_rule(folder.parent, *arguments).finish(400)
+    process = commands.start_rule(folder.parent, *arguments).finish(500)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     assert all(f"[{name}] is finished" in process.stdout for name in ("RS", "ICU"))
     report = json.loads((folder / "report.json").read_text())
-    assert report["methods"] == ["RS", "ICU", "prompted"]
-    assert list(report["best"]) == ["RS", "ICU", "prompted", "theirs"]
+    assert report["methods"] == ["RS", "ICU", "prompted", "variant"]
+    assert list(report["best"]) == ["RS", "ICU", "prompted", "variant", "theirs"]
     assert report["models"]["theirs"] == str(world.gold)
     for axis in ("forgotten", "retained"):
         assert report["metrics"]["theirs"][axis] == report["metrics"]["gold"][axis]
         assert report["metrics"]["prompted"][axis] == report["metrics"]["ICU"][axis]
     assert report["against_gold"]["theirs"]["tofu/forget_quality"]["value"] == pytest.approx(1)
     assert "Area under the front" in process.stdout
+    variant = json.loads((folder / "runs" / "variant" / "report.json").read_text())
+    assert set(variant["metrics"]) == {"original", "unlearned"}
+    assert "steering" not in variant["seconds"]
+    rows = [json.loads(line) for line in (folder / "runs" / "variant" / "history.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["rebo"] * 3
+    assert [row["zero_advantage_groups"] for row in rows] == [0, 0, 0]

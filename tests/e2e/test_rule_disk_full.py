@@ -42,7 +42,7 @@ def test_a_full_disk_is_told_and_costs_no_checkpoint(world, finished, small_disk
     storage = tmp_path / "storage"
     storage.mkdir()
     (storage / "rule").symlink_to(small_disk)
-    command = ["run", *commands.settings(world, SAVING_EACH_STEP)]
+    command = ["run", *commands.settings(world, SAVING_EACH_STEP | {"train.max_failures": 1})]
     running = commands.start_rule(storage, *command)
     try:
         wait(lambda: last_step(storage, "rebo") >= 4, "stage 2", 200)

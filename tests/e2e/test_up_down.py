@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import httpx
@@ -91,7 +90,7 @@ def test_up_serves_both_on_loopback_behind_a_token_and_down_ends_nothing_else(tm
         assert status(f"http://127.0.0.1:{ports['mlflow']}/health") == 200
         now = json.loads((tmp_path / "cluster.json").read_text())
         assert now["ray"] == state["ray"]  # whose jobs went on
-        running += members(now)
+        running |= members(now)
 
         taken = cluster("up", *options(tmp_path / "other", ports))
         assert taken.returncode == 2
@@ -115,8 +114,7 @@ def test_ctrl_c_during_up_leaves_nothing(tmp_path):
     state_file = tmp_path / "cluster.json"
     wait(state_file.exists, "`up` to record what it started")
     state = json.loads(state_file.read_text())
-    # Long enough for Ray to have children.
-    time.sleep(5)
+    wait(lambda: len(members(state)) > 2, "Ray's children")
     running = members(state)
     assert running
     starting.send_signal(signal.SIGINT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,7 +107,9 @@ def test_a_taken_port_is_named_unless_it_is_our_own(monkeypatch):
         monkeypatch.setattr(local, "Ports", lambda: Ports(dashboard=port, ray=1, mlflow=2))
         assert doctor.ports(None).state == "warn"
         assert str(port) in doctor.ports(None).found
-        assert doctor.ports(running(Ports(dashboard=port), Token("token", None))).state == "ok"
+        ours = running(Ports(dashboard=port), Token("token", None))
+        assert doctor.ports(ours).state == "ok"
+        assert "MLflow of `make up` has died" in doctor.ports(replace(ours, mlflow=Session(1, "then"))).found
 
 
 def test_a_listener_makes_a_port_taken():

@@ -49,7 +49,7 @@ def test_a_clearing_that_was_broken_off_locks_nothing(tmp_path, monkeypatch):
     data = load_data("demo", None, 0.0, 42)
     run = Run(RuleConfig(), data, ModelSource("m", Path(), "1"), folder, "", state={"identity": "mine"})
 
-    def killed(path):
+    def killed(path, **_):
         (path / "state.json").unlink()
         raise KeyboardInterrupt
 
@@ -62,6 +62,13 @@ def test_a_clearing_that_was_broken_off_locks_nothing(tmp_path, monkeypatch):
     claim(run, True)
     assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
     folder.mkdir()
+    (folder / "state.json").write_text('{"identity": "older"}')
+    (folder / "runs").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("busy")))  # a mount point
+        claim(run, True)
+    assert folder.exists()
+    assert not any(folder.iterdir())
     (folder / ".state.json.half").write_text("{")  # of a driver that was killed as it wrote its first state
     claim(run, False)
 

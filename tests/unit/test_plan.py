@@ -334,6 +334,6 @@ def test_what_a_killed_driver_left_is_free_for_the_next_one(tmp_path):
 def test_this_machine_is_read(tmp_path):
     node = this_node(tmp_path / "not" / "yet")
     assert node.cpus is None
-    assert this_node(tmp_path, joined=True).cpus >= 1
+    assert this_node(tmp_path, one_of_several=True).cpus >= 1
     assert node.memory > GIB
     assert node.disk_free > 0

@@ -22,6 +22,7 @@ def test_workers_stand_on_one_node_each(monkeypatch):
     assert session.places(2, 1) == 4
     assert session.places(6, 0) == 11
     assert session.places(0, 2) == 4
+    assert session.places(0.5, 0.2) == 16
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 72.0, "GPU": 8.0})
     config = load(
         RuleConfig, sets=["train.num_workers=8", "train.cpus_per_worker=2", "train.gpus_per_worker=1"], environ={}

@@ -6,6 +6,7 @@ Rank 0 compares: gradients as DDP averages them, and what the trainers log.
 import copy
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from cluster import training
@@ -30,6 +31,7 @@ LOGGED = (
     "policy_loss",
     "kl",
 )
+SILENT = replace(FORGET, source=1)
 STEPS = {
     "ReBO, GRPO with KL": {"advantage": "grpo", "kl_coefficient": 0.5, "temperature": 0.7},
     "ReBO, REINFORCE++": {"advantage": "reinforce_plus_plus", "kl_coefficient": 0.0},
@@ -39,15 +41,15 @@ STEPS = {
 
 
 def rebo_step(settings: dict, policy, tokenizer, folder: Path, rank: int, world: int) -> dict[str, float]:
-    """The workers' questions have completions of different lengths, and one of the first's groups earns one reward."""
+    """Completions differ in length, and one group of the first worker's earns one reward, so that it has fewer rows."""
     settings = Rebo(prompts_per_step=4, completions_per_prompt=4, max_completion_tokens=8, **settings)
-    trainer = rebo_trainer(policy, tokenizer, [FORGET, FORGET, NORMAL, NORMAL], folder, settings, world=world)
+    trainer = rebo_trainer(policy, tokenizer, [SILENT, FORGET, NORMAL, NORMAL], folder, settings, world=world)
     if trainer.ref_model is not None:
         with torch.no_grad():
             for parameter in trainer.ref_model.parameters():
                 parameter.mul_(0.9)
     told = trainer.reward
-    trainer.reward = lambda text, item: 1.0 if item is FORGET and text.startswith("Paris") else told(text, item)
+    trainer.reward = lambda text, item: 1.0 if item is SILENT else told(text, item)
     mine = range(len(PROMPTS))[rank * len(PROMPTS) // world : (rank + 1) * len(PROMPTS) // world]
     trainer.training_step(policy, [{"item": index} for index in mine for _ in range(4)])
     return {name: trainer._metrics["train"][name][0] for name in LOGGED if trainer._metrics["train"][name]}
@@ -81,7 +83,8 @@ def step(name: str, folder: Path, rank: int, world: int) -> tuple[dict[str, floa
 
 
 def main(rank: int, folder: Path, port: str) -> None:
-    """Raises AssertionError where two workers differ from one."""
+    """Raises AssertionError where two workers differ from one, or where vLLM was imported without need."""
+    assert "vllm" not in sys.modules
     alone = {name: step(name, folder, 0, 1) for name in STEPS} if rank == 0 else {}
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
