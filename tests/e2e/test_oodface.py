@@ -161,6 +161,7 @@ def test_models_are_scored_under_every_condition(storage, faces):
     own = {"name": "own", "path": str(storage / "own.safetensors"), "factory": "torchvision.models:resnet18"}
     models = json.dumps(["sface", own | {"options": {"num_classes": 32}}])
     changes = {"evaluate.pairs": faces / "pairs.csv", "evaluate.models": models, "evaluate.defences": "[bit_depth]"}
+    changes |= {"scenarios": "[sensor, age]", "severities": "[5]"}
     finish(oodface(storage, faces, "evaluate", "scores", **changes))
     report = json.loads((storage / "scores" / "report.json").read_text())
     assert set(report["metrics"]) == {"sface", "sface+bit_depth", "own", "own+bit_depth"}
