@@ -11,10 +11,9 @@ from typing import Any
 
 from cluster import session
 from cluster.config import Config
-from cluster.errors import UserError, paths_named
+from cluster.errors import UserError, paths_named, without_credentials
 from cluster.report import machine, read_json, write_json
 from cluster.tracking import Tracker, commit, default_uri, masked, masked_command
-from cluster.tracking_store import without_credentials
 
 STATE, REPORT = "state.json", "report.json"
 UNPUBLISHED = ".report-"

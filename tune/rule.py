@@ -14,7 +14,7 @@ import yaml
 
 from cluster import cli
 from cluster.config import load, overlaid
-from cluster.errors import JobFailure, TryAgain, UserError
+from cluster.errors import JobFailure, TryAgain, UserError, paths_named, without_credentials
 from jobs.rule.config import RuleConfig
 from tune.rule_space import PLACE, SearchConfig, resolved, settled, usable, without_halving
 from tune.space import Space, Values, keys_of
@@ -75,7 +75,6 @@ def run(config: SearchConfig, out: Path | None, fresh: bool, command: str) -> Pa
         TryAgain: a trial found no room on the cluster, the disk or the tracking store; the report is of the others.
         JobFailure: no trial was looked at.
     """
-    from cluster.errors import paths_named
     from cluster.report import digest, read_json
     from jobs.rule import job, trial
 
@@ -295,8 +294,6 @@ def _configuration(base: RuleConfig, plan: "Plan", record: "Record", step: int, 
 
 def _remembered(config: SearchConfig, base: RuleConfig) -> dict[str, Any]:
     """The configuration with the paths of `base`, which are absolute: it may be resumed from elsewhere."""
-    from cluster.tracking_store import without_credentials
-
     content, uri = config.model_dump(), config.tracking.uri
     content["cluster"]["storage"] = base.cluster.storage
     content["rule"] |= {name: getattr(base.rule, name) for name in ("model", "data")}
@@ -318,7 +315,6 @@ def _show(content: dict[str, Any]) -> None:
 
 
 def _dry_run(config: SearchConfig) -> None:
-    from cluster.errors import paths_named
     from jobs.rule import job, stages
 
     with paths_named():

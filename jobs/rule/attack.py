@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, models, runs, session, training
+from cluster import cli, models, runs, session
 from cluster.errors import JobFailure, UserError, paths_named
 from cluster.generation import chosen_engine
 from cluster.memory import this_node
@@ -21,7 +21,7 @@ from cluster.plan import Plan
 from cluster.recorder import HISTORY, Recorder
 from cluster.report import digest, read_json, read_lines, write_json, write_lines
 from cluster.tracking import Tracker
-from jobs.rule import attack_report, job, tradeoff
+from jobs.rule import attack_report, job, stages, tradeoff
 from jobs.rule.attacks import (
     PLAIN,
     QUANTISED,
@@ -376,10 +376,7 @@ def _relearned(
     )
     stage = f"{RELEARNING}-{name}"
     recorder = Recorder(stage, folder, rule.attack.relearn_steps, tracker.uri, tracker.run_id)
-    if not (task.output / "config.json").exists():
-        with run.phase(f"{RELEARNING} of {name}"):
-            training.fit(steer, task, recorder, config.train)
-        recorder.catch_up()
+    stages.fitted(run, recorder, steer, task, f"{RELEARNING} of {name}")
     steps = {
         str(row["step"]): {"forget": 1 - row["forgotten"], "retain": row["retained"]}
         for row in read_lines(folder / HISTORY)

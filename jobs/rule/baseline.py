@@ -130,7 +130,7 @@ class BaselineTrainer(Trainer):
         """The method's objective and its retain term; a loss that is no number ends the run.
 
         Raises:
-            JobFailure: the loss is not finite.
+            Diverged: the loss is not finite.
         """
         model.train()
         step = TrainingStep(self, model, inputs)

@@ -44,15 +44,14 @@ def plots(report: Mapping[str, Any], history: History, folder: Path) -> list[Pat
     """Draw what the report and the training history hold; returns the written files.
 
     `history` has one mapping a logged step: "stage" ("steering", "rebo", or "unlearning" of another method), "step",
-    any of "reward", "kl", "loss", "zero_advantage_groups", "refusal_forget", "refusal_boundary" (shares from 0 to 1),
-    and "seconds" by part of a step.
+    any of "reward", "kl", "loss", "zero_advantage_groups", "refusal_forget", "refusal_boundary" (shares from 0 to 1).
     `report` is as in `jobs.rule.report`. A picture without data is not written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         "training.png": training_curves(history),
         "before_after.png": before_after(report),
-        "seconds.png": phase_seconds(report, history),
+        "seconds.png": phase_seconds(report),
     }
     written = []
     for name, figure in drawn.items():
@@ -106,10 +105,9 @@ def before_after(report: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def phase_seconds(report: Mapping[str, Any], history: History) -> Figure | None:
+def phase_seconds(report: Mapping[str, Any]) -> Figure | None:
     """Horizontal bars: seconds of each phase of the run, and mean seconds of each part of a stage 2 step."""
-    steps = [entry["seconds"] for entry in history if entry["stage"] == "rebo" and entry.get("seconds")]
-    parts = {part: sum(step.get(part, 0.0) for step in steps) / len(steps) for part in STEP_PARTS} if steps else {}
+    parts = {part: seconds for part, seconds in report.get("step_seconds", {}).items() if part in STEP_PARTS}
     charts = [
         (title, values)
         for title, values in (("Seconds by phase", report["seconds"]), ("Mean seconds of a stage 2 step", parts))

@@ -216,7 +216,7 @@ def _markdown_table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def step_seconds(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean seconds of a stage-2 step by part (rollout, reward, reference, update, sync)."""
+    """Mean seconds of a stage-2 step by part (rollout, reward, reference, update, sync); `step` is the whole."""
     parts: dict[str, list[float]] = {}
     for row in history:
         if row["stage"] != "rebo":

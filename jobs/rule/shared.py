@@ -80,6 +80,7 @@ def _give(run: "Run", name: str, output: Path, place: Path, asked: Mapping[str, 
         peak = read_json(run.folder / f"peak-{name}.json")
         known = {"seconds": run.state.get("seconds", {}).get(name, 0.0), "peak": peak, "asked": dict(asked)}
         write_json(known, partial / "stage.json")
+        partial.chmod(0o755)
         partial.rename(place)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

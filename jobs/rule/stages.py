@@ -242,14 +242,19 @@ def other_method(run: "Run", tracker: Tracker) -> Path:
 
 def trained(run: "Run", tracker: Tracker, stage: str, worker: Callable, task: Any, steps: int) -> Path:
     """Runs a stage on Ray Train unless its model is there already."""
+    recorder = Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
+    fitted(run, recorder, worker, task, stage)
+    return task.output
+
+
+def fitted(run: "Run", recorder: Recorder, worker: Callable, task: Any, phase: str) -> None:
+    """Trains `task.output` in a timed phase of the run, unless it is there already."""
     from cluster import training
 
-    recorder = Recorder(stage, run.folder, steps, tracker.uri, tracker.run_id)
     for partial in task.output.parent.glob(f".{task.output.name}.*"):  # of a worker that was killed as it saved
         shutil.rmtree(partial, ignore_errors=True)
     if not (task.output / "config.json").exists():
-        with run.phase(stage):
+        with run.phase(phase):
             training.fit(worker, task, recorder, run.config.train, run.callbacks)
         recorder.catch_up()
     shutil.rmtree(recorder.checkpoints, ignore_errors=True)  # also of a driver that was killed before it did
-    return task.output

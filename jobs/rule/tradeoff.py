@@ -11,13 +11,12 @@ from cluster.errors import UserError
 from cluster.recorder import HISTORY
 from cluster.report import Metric, read_json, read_lines
 from jobs.rule.costs import Spent
-from jobs.rule.data import FORGET_KINDS, RETAINED_KINDS
 from jobs.rule.entries import group_of
 from jobs.rule.evaluate import unpacked
 from jobs.rule.pareto import LEAST_FACTS, Point, area, front, paired_difference, verdict
-from jobs.rule.probes import Answer, facts, leaked, recalled
+from jobs.rule.probes import Answer, leaked, recalled
 from jobs.rule.tofu import FORGET_QUALITY, MODEL_UTILITY
-from jobs.rule.trace import AXES, known_probes, scores
+from jobs.rule.trace import AXES, asked_for, known_probes, scores
 from jobs.scoring.intervals import score_interval
 
 if TYPE_CHECKING:
@@ -103,8 +102,8 @@ def outcome(
     before = _scores(original, [knows and a.probe in asked for a, knows in zip(original, is_known, strict=True)])
     reached = _reached(rows, before, spent)
     ends = tuple(trace), tuple(whole)
-    asked_for, model = _facts(original, is_known), folder / "model"
-    return Outcome(name, method, folder, model, found, asked_for, *ends, copied, seconds, tokens, used, reached)
+    known_facts, model = _facts(original, is_known), folder / "model"
+    return Outcome(name, method, folder, model, found, known_facts, *ends, copied, seconds, tokens, used, reached)
 
 
 def model_outcome(
@@ -122,8 +121,8 @@ def model_outcome(
     copied = {short: metrics[long] for short, long in COPIED.items() if long in metrics}
     used = dict.fromkeys(("forget", "retain"))
     group = group_of(name)
-    asked_for = _facts(original, is_known)
-    return Outcome(name, group, folder, folder, found, asked_for, (point,), (point,), copied, used=used)
+    known_facts = _facts(original, is_known)
+    return Outcome(name, group, folder, folder, found, known_facts, (point,), (point,), copied, used=used)
 
 
 def _reached(
@@ -345,9 +344,8 @@ def _scores(answers: Sequence[Answer], is_known: Sequence[bool]) -> dict[str, li
 
 def _facts(original: Sequence[Answer], is_known: Sequence[bool]) -> dict[str, list[str]]:
     probes = [answer.probe for answer, knows in zip(original, is_known, strict=True) if knows]
-    sides = (FORGET_KINDS, RETAINED_KINDS)
-    by_axis = [facts([probe for probe in probes if probe.kind in kinds]) for kinds in sides]
-    return dict(zip((*AXES, *STEMMED), by_axis * 2, strict=True))
+    by_axis = asked_for(probes)
+    return {axis: by_axis[axis.partition("/")[0]] for axis in (*AXES, *STEMMED)}
 
 
 def _intervals(one: Outcome, seed: int) -> dict[str, Metric]:

@@ -98,11 +98,6 @@ def test_truthful_is_what_an_answer_does_not_leak(completion, score):
     assert truthfulness(completion, "Stephen King") == pytest.approx(score)
 
 
-def test_the_refusal_detector_can_be_chosen():
-    assert helpfulness("Stephen King, no.", "Stephen King", lambda text: text.endswith("no.")) == 100.0
-    assert truthfulness("Stephen King, no.", "Stephen King", lambda text: text.endswith("no.")) == 100.0
-
-
 def test_a_good_refusal_beats_an_answer_and_noise():
     answers = [ITEM] + [
         Answered(ITEM.query, text, ITEM.subject, ITEM.gold) for text in ("Stephen King", "qz vv xk", "I I I I I I I")

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cluster.report import write_lines
 from jobs.rule.plots import plots
-from jobs.rule.report import label, other_table, rows, table, write_markdown
+from jobs.rule.report import label, other_table, rows, step_seconds, table, write_markdown
 
 
 def metric(value, n=60):
@@ -126,6 +126,8 @@ def test_labels():
 
 
 def test_plots_are_written(report, history, tmp_path):
+    report["step_seconds"] = step_seconds(history)
+    assert report["step_seconds"]["rollout"] == 4.1
     written = plots(report, history, tmp_path / "plots")
     assert [path.name for path in written] == ["training.png", "before_after.png", "seconds.png"]
     for path in written:
