@@ -1,7 +1,7 @@
-"""Every method in the small world, each at the best of three learning rates: `python tests/performance/methods.py`.
+"""Methods in the small world, each at the best of three learning rates: `python tests/performance/methods.py`.
 
-The gold row is a model that never heard of the target. Records, per seed and method, forgetting and keeping with their
-intervals, and what it took to forget half of what the original knew while keeping .85 of the rest. The same command
+All of docs/rule.md but WGA and DPO with a retain term; ICU takes no rate. The gold row is a model that never heard of
+the target. Records, per seed and method, forgetting and keeping with their intervals, TOFU's two scores, and what it took to forget half of what the original knew while keeping .85 of the rest. The same command
 goes on where it was ended.
 """
 
@@ -79,14 +79,17 @@ def summary(content: dict) -> dict:
             },
             "n": [found[axis]["n"] for axis in AXES],
             "half_forgotten": cost["half_forgotten"],
+            **{key: found["value"] for key, found in content["against_gold"].get(name, {}).items()},
         }
+    ranked = content["against_gold"]
+    references = {name: {key: found["value"] for key, found in ranked[name].items()} for name in ("original", "gold")}
     rule = content["best"].get("RULE")
     verdicts = {
         pair: {axis: found[axis]["verdict"] for axis in AXES}
         for pair, found in content["differences"].items()
         if pair.startswith(f"{rule} - ")
     }
-    return {"methods": rows, "failures": content["failures"], "RULE_against": verdicts}
+    return {"methods": rows, "references": references, "failures": content["failures"], "RULE_against": verdicts}
 
 
 if __name__ == "__main__":
