@@ -1,8 +1,8 @@
 """Methods in the small world, each at the best of three learning rates: `python tests/performance/methods.py`.
 
 All of docs/rule.md but WGA and DPO with a retain term; ICU takes no rate. The gold row is a model that never heard of
-the target. Records, per seed and method, forgetting and keeping with their intervals, TOFU's two scores, and what it took to forget half of what the original knew while keeping .85 of the rest. The same command
-goes on where it was ended.
+the target. Records, per seed and method, forgetting and keeping with their intervals, TOFU's two scores, and what it
+took to forget half of what the original knew while keeping .85 of the rest. The same command goes on where it was ended.
 """
 
 from __future__ import annotations
