@@ -2,7 +2,7 @@
 
 All of docs/rule.md but WGA and DPO with a retain term; ICU takes no rate. The gold row is a model that never heard of
 the target. Records, per seed and method, forgetting and keeping with their intervals, TOFU's two scores, and what it
-took to forget half of what the original knew while keeping .85 of the rest. The same command goes on where it was ended.
+took to forget half of what the original knew while keeping .85 of the rest. The same command goes on where it ended.
 """
 
 from __future__ import annotations
