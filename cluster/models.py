@@ -8,13 +8,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster import folders
 from cluster.errors import UserError
 from cluster.report import digest
 
@@ -256,18 +256,11 @@ def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> 
 
 def save_directory(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: Path) -> Path:
     """Writes a normal Hugging Face directory (safetensors), whole or not at all."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
+    with folders.whole(directory) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)
         if directory.exists():
             shutil.rmtree(directory)
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return directory
 
 

@@ -8,12 +8,11 @@ Source: RULE, settings for MUSE-Books (stage 1 and the `train_icl` form of stage
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster import folders
 from cluster.errors import UserError
 from cluster.models import ModelSource, cache_root, load_tokenizer
 from cluster.report import digest
@@ -70,16 +69,12 @@ def template(pairs: Sequence[QaRow], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _link_with(tokenizer: PreTrainedTokenizerBase, model: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        tokenizer.save_pretrained(partial)
-        for file in model.resolve().iterdir():
-            if file.is_file() and not (partial / file.name).exists():
-                os.symlink(file.resolve(), partial / file.name)
-        partial.chmod(0o755)
-        partial.rename(target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not (isinstance(error, OSError) and target.exists()):  # else another job was faster
+        with folders.whole(target) as partial:
+            tokenizer.save_pretrained(partial)
+            for file in model.resolve().iterdir():
+                if file.is_file() and not (partial / file.name).exists():
+                    os.symlink(file.resolve(), partial / file.name)
+    except OSError:
+        if not target.exists():  # else another job was faster
             raise

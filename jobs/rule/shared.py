@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster import folders
 from cluster.errors import JobFailure
 from cluster.recorder import HISTORY
 from cluster.report import digest, read_json, read_lines, write_json, write_lines
@@ -59,8 +59,8 @@ def stage(
 
 
 def _take(run: "Run", name: str, place: Path, output: Path, asked: Mapping[str, str]) -> None:
-    for leftover in (run.folder / f"train-{name}", *output.parent.glob(f".{output.name}.*")):  # of a killed driver
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(run.folder / f"train-{name}", ignore_errors=True)  # of a killed driver
+    folders.sweep(output)
     known = read_json(place / "stage.json")
     foreign = {figure for figure, content in asked.items() if known.get("asked", {}).get(figure) != content}
     others = [row for row in read_lines(run.folder / HISTORY) if row["stage"] != name]
@@ -73,18 +73,12 @@ def _take(run: "Run", name: str, place: Path, output: Path, asked: Mapping[str, 
 
 
 def _give(run: "Run", name: str, output: Path, place: Path, asked: Mapping[str, str]) -> None:
-    partial = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
-    try:
+    with folders.whole(place) as partial:
         _link(output, partial / "model")
         write_lines([row for row in read_lines(run.folder / HISTORY) if row["stage"] == name], partial / HISTORY)
         peak = read_json(run.folder / f"peak-{name}.json")
         known = {"seconds": run.state.get("seconds", {}).get(name, 0.0), "peak": peak, "asked": dict(asked)}
         write_json(known, partial / "stage.json")
-        partial.chmod(0o755)
-        partial.rename(place)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -108,12 +102,5 @@ def _link(source: Path, target: Path) -> None:
         except OSError:
             shutil.copy2(one, other)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with folders.whole(target) as partial:
         shutil.copytree(source, partial, copy_function=link, dirs_exist_ok=True)
-        partial.chmod(0o755)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import session
+from cluster import folders, session
 from cluster.config import Train
 from cluster.errors import TryAgain, UserError
 from cluster.generation import chosen_engine
@@ -119,9 +119,9 @@ def plan(run: "Run", cleared: Path | None = None) -> Plan:
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:
-    for place, folders, _ in os.walk(folder):
-        yield from (Path(place, name) for name in folders if name.startswith("train-"))
-        folders[:] = [name for name in folders if not name.startswith("train-")]
+    for place, below, _ in os.walk(folder):
+        yield from (Path(place, name) for name in below if name.startswith("train-"))
+        below[:] = [name for name in below if not name.startswith("train-")]
 
 
 def slots(runs: Iterable["Run"]) -> int:
@@ -251,8 +251,7 @@ def fitted(run: "Run", recorder: Recorder, worker: Callable, task: Any, phase: s
     """Trains `task.output` in a timed phase of the run, unless it is there already."""
     from cluster import training
 
-    for partial in task.output.parent.glob(f".{task.output.name}.*"):  # of a worker that was killed as it saved
-        shutil.rmtree(partial, ignore_errors=True)
+    folders.sweep(task.output)
     if not (task.output / "config.json").exists():
         with run.phase(phase):
             training.fit(worker, task, recorder, run.config.train, run.callbacks)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster import session
+from cluster import folders, session
 from cluster.errors import JobFailure, TryAgain, UserError
 from cluster.recorder import HISTORY
 from cluster.report import Metric, read_json, read_lines, write_json
@@ -99,6 +99,6 @@ def stopped(folder: Path, failed: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Removes a trial's weights and training states; the file of the best configuration trains it again."""
-    unfinished = (*folder.glob(".model.*"), *folder.glob(".steered.*"))
-    for path in (*folder.glob("train-*"), *unfinished, folder / "model", folder / "steered"):
+    for path in (*folder.glob("train-*"), folder / "model", folder / "steered"):
         shutil.rmtree(path, ignore_errors=True)
+        folders.sweep(path)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster import folders
 from cluster.errors import UserError, paths_named
 from jobs.rule.world_facts import (
     BLANKS,
@@ -111,9 +110,7 @@ def make(out: Path) -> Path:
     with paths_named():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} is there already and not empty; name a new folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
+        with folders.whole(out) as partial:
             build(partial)
             places = {"rule.model": str(out.resolve() / "model"), "rule.data": str(out.resolve() / "data")}
             nested: dict[str, Any] = {}
@@ -124,11 +121,6 @@ def make(out: Path) -> Path:
                     below = below.setdefault(section, {})
                 below[leaf] = value
             (partial / FILE).write_text(yaml.safe_dump(nested, sort_keys=False), encoding="utf-8")
-            partial.chmod(0o755)
-            partial.replace(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
     return out / FILE
 
 
