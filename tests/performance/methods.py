@@ -21,15 +21,13 @@ from cluster.report import machine, read_json, write_json  # noqa: E402
 from cluster.tracking import git_commit  # noqa: E402
 
 AXES = ("forgotten", "retained")
-ASCENT = (3e-5, 1e-4, 3e-4)
-FADING = (1e-4, 3e-4, 1e-3)
+USUAL = (1e-4, 3e-4, 1e-3)
 RATES = {
     "RULE": (1e-4, 3e-4, 1e-3),
     "RS": (1e-4, 2e-4, 4e-4),
-    "RT": FADING,
-    "DPO": FADING,
-    **{f"GA{term}": ASCENT for term in ("", "+GDR", "+KLR")},
-    **{f"{method}{term}": FADING for method in ("NPO", "SimNPO") for term in ("", "+GDR", "+KLR")},
+    "RT": USUAL,
+    "DPO": USUAL,
+    **{f"{method}{term}": USUAL for method in ("GA", "NPO", "SimNPO") for term in ("", "+GDR", "+KLR")},
     "RMU": (3e-2, 6e-2, 1e-1),
 }
 LOOK_EVERY = 2
