@@ -43,7 +43,7 @@ def compared(world, tmp_path_factory):
     first = commands.start_rule(storage, *arguments)
     try:
         report = storage / "all" / "runs" / "ICU" / "report.json"
-        wait(lambda: report.exists() or first.process.poll() is not None, "the first method", 300)
+        wait(lambda: report.exists() or first.process.poll() is not None, "the first method", 500)
         assert report.exists(), first.errors.read_text()
         below = first.descendants()
         psutil.Process(first.process.pid).kill()
