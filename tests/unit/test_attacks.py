@@ -241,7 +241,7 @@ def two_models(tmp_path, monkeypatch):
             ]
             attacking.write_lines(rows, answers_file(task.folder, way))
 
-    def fit(worker, task, recorder, train):
+    def fit(worker, task, recorder, train, callbacks):
         if (task.output.parent.name, "relearning") in fails:
             raise Diverged("relearning diverged at step 1")
         assert (task.steps, task.trace.attacks) == (20, True)

@@ -57,6 +57,7 @@ def test_a_store_that_falls_silent_holds_up_no_training(tmp_path, monkeypatch, c
     assert taken == [("rebo", 1, {"reward": 0.1, "seconds/rollout": 2.0})]
     assert "training goes on without it" in caplog.text
     silent.clear()
+    recorder._ask_again = 0.0  # ten times as long as the store took to fail have passed
     recorder.record(4, {"reward": 0.4})
     assert [step for _, step, _ in taken] == [1, 2, 3, 4]
     assert taken[2] == ("rebo", 3, {"reward": 0.3, "seconds/rollout": 2.0})
