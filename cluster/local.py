@@ -22,10 +22,9 @@ from pathlib import Path
 
 from cluster import processes
 from cluster.errors import JobFailure, UserError, paths_named
-from cluster.processes import Session
+from cluster.processes import LOOPBACK, Session
 from cluster.report import read_json, write_json, write_text
 
-LOOPBACK = "127.0.0.1"
 START_DEADLINE_S = 120.0
 END_GRACE_S = 20.0
 

@@ -217,6 +217,13 @@ def context_length(model_or_config: object) -> int:
     return config.get_text_config().max_position_embeddings
 
 
+def context_of(folder: Path) -> int:
+    """The longest sequence, in tokens, that the model in `folder` was built for."""
+    from transformers import AutoConfig
+
+    return context_length(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+
+
 def chat_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer_prefix: str = "") -> list[int]:
     """Token ids of the user's `prompt` in the model's chat template, up to where the assistant answers.
 
@@ -247,11 +254,26 @@ def answered_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer: str)
     return ids, tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that the chat template writes behind an answer, where that is a special one, else the tokenizer's end.
+
+    They differ where a tokenizer keeps the end token of its base model (Gemma, Phi-3, some copies of Llama 3).
+    """
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    answer = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    _, _, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in added and added[ids[0]].special else tokenizer.eos_token_id
+
+
 def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Every token id that ends a completion: those of the model's generation settings and the tokenizer's own."""
+    """Every token id that ends a completion: of the model's generation settings, the tokenizer and its template."""
     declared = model.generation_config.eos_token_id
     declared = declared if isinstance(declared, list) else [declared]
-    return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})
+    return sorted({token for token in [*declared, tokenizer.eos_token_id, end_of_turn(tokenizer)] if token is not None})
 
 
 def save_directory(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: Path) -> Path:

@@ -23,7 +23,8 @@ from cluster.errors import UserError
 
 LISTENER_DEADLINE_S = 10.0
 DIRECT = ("no_proxy", "NO_PROXY")
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = "127.0.0.1"
+THIS_MACHINE = (LOOPBACK, "localhost")
 # A Unix socket's path holds 107 characters; Ray puts up to 68 of its own behind the temporary folder.
 MAX_TEMP_PATH = 39
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -65,7 +66,7 @@ def spare_loopback(environment: MutableMapping[str, str]) -> None:
     """Has no client of this environment ask a proxy for this machine itself: Ray's dashboard and MLflow are here."""
     known = [name.strip() for name in (environment.get("no_proxy") or environment.get("NO_PROXY") or "").split(",")]
     if "*" not in known:
-        hosts = [*filter(None, known), *(host for host in LOOPBACK if host not in known)]
+        hosts = [*filter(None, known), *(host for host in THIS_MACHINE if host not in known)]
         environment |= dict.fromkeys(DIRECT, ",".join(hosts))
 
 

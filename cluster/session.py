@@ -222,7 +222,7 @@ def has_other_nodes(config: Config) -> bool:
     if address is None:
         return False
     host = urlsplit(address if "//" in address else f"//{address}").hostname
-    return host not in processes.LOOPBACK
+    return host not in processes.THIS_MACHINE
 
 
 def places(cpus: float, gpus: float) -> int:

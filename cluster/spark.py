@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-LOOPBACK = "127.0.0.1"
 EXECUTOR_DEADLINE_S = 120
 END_DEADLINE_S = 20  # for Spark's Java process, once it was told to end
 _QUIET = """rootLogger.level = error
@@ -42,6 +41,8 @@ logger.shell.name = org.apache.spark.api.python.PythonGatewayServer
 logger.shell.level = error
 logger.task.name = org.apache.spark.executor.Executor
 logger.task.level = off
+logger.context.name = org.apache.spark.TaskContextImpl
+logger.context.level = off
 logger.stage.name = org.apache.spark.scheduler.TaskSetManager
 logger.stage.level = off
 """
@@ -96,7 +97,7 @@ def session(name: str, cores: int, master: str | None = None) -> Iterator[SparkS
         logging.getLogger().addFilter(_no_bridge)
         stack.callback(logging.getLogger().removeFilter, _no_bridge)
         python = sys.executable if master is None else os.environ.get("PYSPARK_PYTHON", sys.executable)
-        local = {"SPARK_LOCAL_IP": LOOPBACK} if master is None else {}
+        local = {"SPARK_LOCAL_IP": processes.LOOPBACK} if master is None else {}
         stack.enter_context(_variables({"PYSPARK_PYTHON": python, **local}))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spark-", ignore_cleanup_errors=True)))
         builder = SparkSession.builder.appName(name).master(master or f"local[{cores}]")
@@ -176,7 +177,7 @@ def _settings(scratch: Path, cores: int, here: bool) -> dict[str, str]:
         # functions of this project are sent by name
         "spark.executorEnv.PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    alone = {"spark.driver.bindAddress": LOOPBACK, "spark.driver.host": LOOPBACK}
+    alone = {"spark.driver.bindAddress": processes.LOOPBACK, "spark.driver.host": processes.LOOPBACK}
     alone["spark.sql.shuffle.partitions"] = str(max(4, 2 * cores))
     # where the cluster gives executors as they are needed, one to see that it has room at all
     elsewhere = {"spark.dynamicAllocation.minExecutors": "1"}

@@ -15,7 +15,7 @@ from cluster.config import Generation, Train
 from cluster.errors import UserError
 from cluster.generation import Completion, Sampling, cut, stopped_after
 from cluster.memory import VLLM_CACHE
-from cluster.models import load_tokenizer
+from cluster.models import end_of_turn, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,6 +132,7 @@ def complete(
 
     # The CPU build takes no seed of a request; it draws from this process's generator, which is put back afterwards.
     seeded = not current_platform.is_cpu()
+    ends = [end_of_turn(tokenizer)]  # beside those of the model's generation settings
     parameters = [
         SamplingParams(
             n=sampling.num_completions,
@@ -140,6 +141,7 @@ def complete(
             max_tokens=sampling.max_new_tokens,
             # vLLM counts up from here for the completions of one prompt; prompts must not share their noise
             seed=(sampling.seed * 1_000_003 + index) * 1009 % 2**63 if seeded else None,
+            stop_token_ids=ends,
             detokenize=False,
         )
         for index in range(len(prompts))

@@ -5,7 +5,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from jobs.scoring.front import hypervolume, hypervolumes, nondominated
-from tune.search import COMPLETE, FAILED, STOPPED, Plan, Record
+from tune.records import COMPLETE, FAILED, STOPPED, Plan, Record
 from tune.space import distributions
 
 if TYPE_CHECKING:

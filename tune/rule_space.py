@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import leaves, overlaid
-from cluster.errors import UserError
+from cluster.errors import UserError, without_credentials
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import DEMO_NAME
 from tune.config import Tune
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jobs.rule import job
 
 PLACE = "tune.rule.space"
+SETTINGS = "search.yaml"  # in a search's folder: what it was begun with
 LOOKS = 12  # of a trial, where `rule.trace.every` does not say
 SEARCHED = ("rule.rebo.", "rule.steering.", "rule.boundary.")
 NOT_SEARCHED = ("rule.rebo.steps", "rule.rebo.updates_per_rollout")
@@ -123,3 +124,14 @@ def without_halving(base: RuleConfig, config: SearchConfig) -> str:
         f"no trial is ended early: of its {last} updates, looked at each rule.trace.every = {every}, none is looked at "
         f"between tune.rule.grace_steps = {grace} and the last\n"
     )
+
+
+def remembered(config: SearchConfig, base: RuleConfig) -> dict[str, Any]:
+    """The configuration with the paths of `base`, which are absolute: it may be resumed from elsewhere."""
+    content, uri = config.model_dump(), config.tracking.uri
+    content["cluster"]["storage"] = base.cluster.storage
+    content["rule"] |= {name: getattr(base.rule, name) for name in ("model", "data")}
+    content["rule"]["evaluation"]["entailment"] = base.model_dump()["rule"]["evaluation"]["entailment"]
+    if uri is not None and without_credentials(uri) != uri:  # a password comes from the environment again
+        content["tracking"]["uri"] = None
+    return content

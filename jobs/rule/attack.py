@@ -200,14 +200,9 @@ def _require_same_questions(run: job.Run, comparison: Path) -> None:
 
 def check_room(name: str, path: Path, probes: Sequence[Probe], rule: Rule) -> None:
     """Raises UserError where a probe in one of the ways that it is asked is too long for the model's context."""
-    from transformers import AutoConfig
-
     if not probes:  # that there are none is told once the original was asked
         return
-    most, context = (
-        rule.evaluation.max_new_tokens,
-        models.context_length(AutoConfig.from_pretrained(path, local_files_only=True)),
-    )
+    most, context = rule.evaluation.max_new_tokens, models.context_of(path)
     size, query = longest(models.load_tokenizer(path), probes, ways(rule.attack), rule.evaluation.prompt_form)
     if size + most > context:
         raise UserError(

@@ -15,7 +15,7 @@ from cluster import training
 from cluster.config import Generation, Train
 from cluster.errors import Diverged, UserError
 from cluster.generation import policy_engine
-from cluster.models import answered_ids, load_model, load_tokenizer
+from cluster.models import answered_ids, end_of_turn, load_model, load_tokenizer
 from cluster.recorder import Recorder
 from jobs.rule import methods
 from jobs.rule.config import Baseline
@@ -24,7 +24,7 @@ from jobs.rule.likelihood import token_logprobs
 from jobs.rule.looks import Looks
 from jobs.rule.methods.base import Corpus, Method, Scored
 from jobs.rule.methods.retain import kl_divergence, retain_loss
-from jobs.rule.packing import Group, PackedRow, can_share, pack, plain_rows, plan_rows, row_logits, row_logprobs
+from jobs.rule.packing import Group, PackedRow, row_logits, row_logprobs, rows_of_rank
 from jobs.rule.plan import trained_names
 from jobs.rule.steering import SCHEDULES
 from jobs.rule.trace import Trace
@@ -177,10 +177,10 @@ class TrainingStep:
         texts = [row[corpus] for row in self.inputs]
         device = self.trainer.accelerator.device
         logprobs, of = [], []
-        for row, counts in self._rows(corpus):
-            kept = slice(None) if counts else slice(0)  # an empty slice of it still takes part in the backward pass
-            logprobs.append(row_logprobs(self.model, row, 1.0)[kept])
-            of.append(row.sequence[kept])
+        for row in self._rows(corpus):
+            # where none counts, the empty selection still takes part in the backward pass
+            logprobs.append(row_logprobs(self.model, row, 1.0)[row.counts])
+            of.append(row.sequence[row.counts])
         by_token, text_of = torch.cat(logprobs), torch.cat(of)
         total = torch.zeros(len(texts), device=device).index_add(0, text_of, by_token)
         tokens = torch.tensor([float(len(text.completion)) for text in texts], device=device)
@@ -192,19 +192,19 @@ class TrainingStep:
     def divergence(self, corpus: Corpus) -> Tensor:
         """See `Step`."""
         parts = []
-        for row, counts in self._rows(corpus):
+        for row in self._rows(corpus):
             with self.trainer.as_original(self.model) as original:
                 reference = row_logits(original, row)
-            parts.append(kl_divergence(row_logits(self.model, row), reference)[counted(row, counts)])
+            parts.append(kl_divergence(row_logits(self.model, row), reference)[counted(row)])
         return torch.cat(parts) * self.share(corpus)
 
     def activations(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
         """See `Step`."""
         steered, kept = [], []
-        for row, counts in self._rows(corpus):
+        for row in self._rows(corpus):
             with self.trainer.as_original(self.model) as original:
-                kept.append(self._block_output(original, row)[counted(row, counts)])
-            steered.append(self._block_output(self.model, row)[counted(row, counts)])
+                kept.append(self._block_output(original, row)[counted(row)])
+            steered.append(self._block_output(self.model, row)[counted(row)])
         return torch.cat(steered), torch.cat(kept)
 
     def share(self, corpus: Corpus) -> Tensor:
@@ -231,23 +231,14 @@ class TrainingStep:
         )
         return output.hidden_states[self.settings.rmu_layer + 1][row.keep]
 
-    def _rows(self, corpus: Corpus) -> list[tuple[PackedRow, bool]]:
-        """Packed rows and whether they count.
-
-        DDP and FSDP want every rank in every forward pass: one with fewer rows repeats its last one, which counts not.
-        """
-        accelerator = self.trainer.accelerator
+    def _rows(self, corpus: Corpus) -> list[PackedRow]:
         groups = [Group(row[corpus].prompt, [row[corpus].completion], i) for i, row in enumerate(self.inputs)]
-        config = accelerator.unwrap_model(self.model).config
-        plan = plan_rows(groups, self.trainer.tokens_per_row) if can_share(config) else plain_rows(groups)
-        rows = [pack(row).to(accelerator.device) for row in plan]
-        most = int(accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).max())
-        return [(row, True) for row in rows] + [(rows[-1], False)] * (most - len(rows))
+        return rows_of_rank(groups, self.model, self.trainer.accelerator, self.trainer.tokens_per_row)
 
 
-def counted(row: PackedRow, counts: bool) -> Tensor:
+def counted(row: PackedRow) -> Tensor:
     """Of the kept positions the one that predicts each token: one that texts share counts for each of them."""
-    return row.scored if counts else row.scored[:0]
+    return row.scored[row.counts]
 
 
 def sample_ids(
@@ -266,11 +257,12 @@ def sample_ids(
     for sample in samples:
         if sample.prompt:
             prompt, completion = answered_ids(tokenizer, sample.prompt, sample.completion)
+            end = end_of_turn(tokenizer)
         else:
             ids = tokenizer(sample.completion)["input_ids"]
-            prompt, completion = ids[:1], ids[1:]
-        if completion[-1:] != [tokenizer.eos_token_id]:  # some tokenizers end a text themselves
-            completion = [*completion, tokenizer.eos_token_id]
+            prompt, completion, end = ids[:1], ids[1:], tokenizer.eos_token_id
+        if completion[-1:] != [end]:  # some tokenizers end a text themselves
+            completion = [*completion, end]
         rows.append((prompt, completion[: max(1, max_tokens - len(prompt))]))
     original: list[float | None] = [None] * len(rows)
     if with_original:

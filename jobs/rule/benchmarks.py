@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import UserError
 from cluster.generation import Generator
-from cluster.models import context_length, load_tokenizer
+from cluster.models import context_length, context_of, load_tokenizer
 from cluster.report import Metric
 from jobs.rule import mia, muse, tofu, utility
 from jobs.rule.config import Evaluation
@@ -70,10 +70,7 @@ def check_benchmarks(data: Benchmarks, model: Path, folder: Path) -> None:
     Raises:
         UserError: answers that leave no room for a question in the model's context, or a passage of one token.
     """
-    from transformers import AutoConfig
-
-    tokenizer = load_tokenizer(model)
-    context = context_length(AutoConfig.from_pretrained(model, local_files_only=True))
+    tokenizer, context = load_tokenizer(model), context_of(model)
     for file, rows, answer in (
         ("retain_bbh.json", data.bbh, utility.BBH_TOKENS),
         ("triviaqa.json", data.trivia, utility.TRIVIA_TOKENS),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cluster.errors import UserError
 from jobs.rule.config import Boundary
-from jobs.rule.data import Item, RuleData
+from jobs.rule.data import Item, RuleData, twins
 
 FAR_FILE = "rl_rejection_with_fb_neighbor_finance_business.json"
 MORE_FILES = "rl_rejection_with_fb_neighbor_target_r*.json"
@@ -39,7 +39,9 @@ def with_boundary(data: RuleData, settings: Boundary, seed: int, read: Reader) -
     elif settings.kind == "far":
         boundary = _unseen(_far(data, read), data)
     if not settings.fill_in:
-        forget, boundary = ([item for item in side if item.form == "qa"] for side in (forget, boundary))
+        forms = {id(data.items[other]): data.items[one].form for one, other in twins(data.items) or ()}
+        forget = [item for item in forget if item.form == "qa"]
+        boundary = [item for item in boundary if forms.get(id(item), item.form) == "qa"]
     if settings.ratio and settings.kind != "none":
         wanted = round(settings.ratio * len(forget))
         if wanted > len(boundary) and settings.kind == "near":

@@ -5,26 +5,16 @@ original's answers and stage 1. The same command again continues, and takes the 
 fails is recorded and does not end the others.
 """
 
-import ctypes
-import os
-import re
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster import cli, models, runs, session
-from cluster.config import ENVIRONMENT_PREFIX, STORAGE_VARIABLE
 from cluster.errors import JobFailure, UserError, paths_named
 from cluster.memory import GIB
 from cluster.report import digest, read_json
-from jobs.rule import costs, job, stages, tradeoff
+from cluster.tracking import Tracker
+from jobs.rule import children, costs, job, stages, tradeoff
 from jobs.rule.config import RuleConfig
 from jobs.rule.data import data_folder
 from jobs.rule.entries import Entry, require_distinct, slug
@@ -33,62 +23,6 @@ from jobs.rule.gold import Gold, gold_scores
 from jobs.rule.in_context import in_form
 from jobs.rule.tofu import load_tofu
 from jobs.rule.trace import require_probes
-
-PROGRESS = re.compile(r"step \d+/\d+|evaluation[ :]|error: ")
-WORKER = re.compile(r"^\x1b\[\d+m\([^)]*\)\x1b\[0m ")  # how Ray begins a line of a worker
-END_GRACE_S = 60
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_PRCTL = ctypes.CDLL(None).prctl  # found now: after a fork nothing may be loaded
-
-
-class Processes:
-    """The runs of this comparison; once it ends, those that still run are ended and none starts any more."""
-
-    def __init__(self) -> None:
-        self._running: list[subprocess.Popen] = []
-        self._turn = threading.Lock()
-        self._ended = False
-
-    def start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
-        """Starts a run whose two outputs are one stream of lines.
-
-        Raises:
-            JobFailure: the comparison has ended.
-        """
-        with self._turn:
-            if self._ended:
-                raise JobFailure("the comparison was ended")
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                encoding="utf-8",
-                errors="replace",
-                env=environment,
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-            )
-            self._running.append(process)
-        return process
-
-    def end(self) -> None:
-        """As on Ctrl-C: each run frees its workers and can be continued."""
-        with self._turn:
-            self._ended = True
-            left = [process for process in self._running if process.poll() is None]
-        for process in left:
-            process.terminate()
-        for process in left:
-            try:
-                process.wait(END_GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _end_with_parent() -> None:
-    # A killed driver cannot end its runs, and they would hold their folders against the next one.
-    _PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def compare(
@@ -130,30 +64,13 @@ def compare(
         job.tracked(run, "rule-compare") as tracker,
     ):
         original = job.evaluated(run, "original", run.source.path)
-        threshold = config.rule.evaluation.known_threshold
-        tradeoff.require_known(original.answers, threshold)
+        tradeoff.require_known(original.answers, config.rule.evaluation.known_threshold)
         failures: dict[str, str] = {}
         if pinned is not None:  # before hours of training: without it there is no report
             ideal = _model_outcome(run, tradeoff.GOLD, pinned.source, original)
             gold_scores(run, {}, pinned, versions, failures)
-        failures |= _train(run, own)
-        finished = [entry for entry in chosen if entry.name not in failures]
-        outcomes = [
-            tradeoff.outcome(
-                entry.name,
-                entry.group,
-                own[entry].folder,
-                threshold,
-                costs.spent(own[entry]),
-                costs.data_used(own[entry]),
-            )
-            for entry in finished
-        ]
-        for name, source in others.items():
-            try:
-                outcomes.append(_model_outcome(run, name, source, original))
-            except Exception as error:  # whatever a foreign model brings: the others go on
-                failures[name] = cli.sentence(cli.root_cause(error))
+        failures |= children.trained(own, run.shared)
+        outcomes = _outcomes(run, own, others, original, failures)
         if not outcomes:
             raise JobFailure(f"no method finished; the first: {next(iter(failures.values()))}")
         if pinned is not None:
@@ -167,19 +84,45 @@ def compare(
             content["against_gold"] = {
                 name: {key: metric.to_json() for key, metric in found.items()} for name, found in scored.items()
             }
-        attempt = run.state.get("attempts", 0)  # MLflow keeps what a step has
-        for one in outcomes:
-            found = content["metrics"][one.name] | content.get("against_gold", {}).get(one.name, {})
-            flat = {name: metric["value"] for name, metric in found.items()}
-            tracker.metrics(flat, step=attempt, stage=slug(one.name))
-        run.save(attempts=attempt + 1)
-        plot = run.folder / "plots" / "tradeoff.png"
-        plot.parent.mkdir(exist_ok=True)
-        tradeoff.figure(content).savefig(plot, dpi=150)
-        tracker.artifact(plot)
-        path = runs.publish(content, run.folder, tracker)
+        path = _concluded(run, tracker, content)
     show(content)
     return path
+
+
+def _outcomes(
+    run: job.Run,
+    own: Mapping[Entry, job.Run],
+    others: Mapping[str, models.ModelSource],
+    original: Examined,
+    failures: dict[str, str],
+) -> list[tradeoff.Outcome]:
+    """What became of each entry that did not fail, and of each other model; what fails of these joins `failures`."""
+    threshold = run.config.rule.evaluation.known_threshold
+    found = [
+        tradeoff.outcome(entry.name, entry.group, one.folder, threshold, costs.spent(one), costs.data_used(one))
+        for entry, one in own.items()
+        if entry.name not in failures
+    ]
+    for name, source in others.items():
+        try:
+            found.append(_model_outcome(run, name, source, original))
+        except Exception as error:  # whatever a foreign model brings: the others go on
+            failures[name] = cli.sentence(cli.root_cause(error))
+    return found
+
+
+def _concluded(run: job.Run, tracker: Tracker, content: dict[str, Any]) -> Path:
+    """report.json and plot; the same to MLflow."""
+    attempt = run.state.get("attempts", 0)  # MLflow keeps what a step has
+    for name, metrics in content["metrics"].items():
+        found = metrics | content.get("against_gold", {}).get(name, {})
+        tracker.metrics({key: metric["value"] for key, metric in found.items()}, step=attempt, stage=slug(name))
+    run.save(attempts=attempt + 1)
+    plot = run.folder / "plots" / "tradeoff.png"
+    plot.parent.mkdir(exist_ok=True)
+    tradeoff.figure(content).savefig(plot, dpi=150)
+    tracker.artifact(plot)
+    return runs.publish(content, run.folder, tracker)
 
 
 def dry_run(
@@ -277,68 +220,6 @@ def _model_outcome(run: job.Run, name: str, model: models.ModelSource, original:
     return tradeoff.model_outcome(name, model.path, answers, original.answers, threshold, metrics)
 
 
-def _train(run: job.Run, own: Mapping[Entry, job.Run]) -> dict[str, str]:
-    """Runs every entry without a report, a process each; returns why entries failed."""
-    import ray
-
-    if not own:
-        return {}
-    address = ray.get_runtime_context().gcs_address
-    processes = Processes()
-    slots = stages.slots(own.values())
-    with ThreadPoolExecutor(min(slots, len(own))) as pool:
-        try:
-            results = list(pool.map(lambda entry: _run(entry, own[entry], run.shared, address, processes), own))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            processes.end()
-            raise
-    return {entry.name: why for entry, why in zip(own, results, strict=True) if why is not None}
-
-
-def _run(entry: Entry, own: job.Run, shared: Path, address: str, processes: Processes) -> str | None:
-    """Trains and evaluates one entry unless that is done; returns what it said where it failed."""
-    folder = own.folder
-    if (folder / "report.json").exists():
-        print(f"[{entry.name}] is finished", flush=True)
-        return None
-    file, log_path = beside(folder, ".yaml"), beside(folder, ".log")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(_settings(entry, own, address)), encoding="utf-8")
-    command = [sys.executable, "-m", "jobs.rule", "run", "--shared", str(shared)]
-    command += ["--config", str(file), "--out", str(folder)]
-    last = ""
-    with log_path.open("w", encoding="utf-8") as log:
-        process = processes.start(command, _environment(own.config))
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            last = line.strip() or last
-            if PROGRESS.search(line):
-                print(f"[{entry.name}] {WORKER.sub('', line).rstrip()}", flush=True)
-        status = process.wait()
-    return None if status == 0 else f"{last.removeprefix('error: ')} (exit status {status}; {log_path})"
-
-
-def _settings(entry: Entry, own: job.Run, address: str) -> dict[str, Any]:
-    """The whole configuration of an entry's run: on this cluster, and its model registered under a name of its own."""
-    config = own.config
-    registered = config.tracking.register_as or job.registered_name(own)
-    parts = {
-        "cluster": {"address": address, "storage": str(session.storage(config))},
-        "tracking": {"register_as": f"{registered}-{entry.slug}", "uri": None},  # see _environment
-    }
-    changed = {name: getattr(config, name).model_copy(update=values) for name, values in parts.items()}
-    return config.model_copy(update=changed).model_dump()
-
-
-def _environment(config: RuleConfig) -> dict[str, str]:
-    """This process's, less what stands in the run's file, with the tracking address, which may hold a password."""
-    outer = (ENVIRONMENT_PREFIX, STORAGE_VARIABLE)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
-    return environment | ({"MLFLOW_TRACKING_URI": config.tracking.uri} if config.tracking.uri else {})
-
-
 def _content(own: Mapping[Entry, job.Run], failures: Mapping[str, str]) -> dict[str, Any]:
     reports = {
         entry.name: read_json(one.folder / "report.json") for entry, one in own.items() if entry.name not in failures
@@ -350,8 +231,3 @@ def _content(own: Mapping[Entry, job.Run], failures: Mapping[str, str]) -> dict[
         "seconds": {name: report["seconds"] for name, report in reports.items()},
         "peak_memory_gib": {name: report["peak_memory_gib"] for name, report in reports.items()},
     }
-
-
-def beside(folder: Path, suffix: str) -> Path:
-    """A file beside a run's folder; a learning rate has a dot, so that this is not `Path.with_suffix`."""
-    return folder.with_name(f"{folder.name}{suffix}")

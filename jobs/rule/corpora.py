@@ -76,8 +76,8 @@ def load_corpora(data: RuleData, method: "Method") -> "dict[Corpus, tuple[Sample
 
 def others_beside(data: RuleData) -> list[Path]:
     """`positive.json` of the folders beside the data's that are not about the same target."""
-    folder, found = data.folder, []
-    for path in sorted(data.folder.parent.glob("*/positive.json")):
+    folder, found = data.folder.resolve(), []
+    for path in sorted(folder.parent.glob("*/positive.json")):
         target = load_target(path.parent)
         if path.parent.name != folder.name and (target is None or target.casefold() != data.target.casefold()):
             found.append(path)

@@ -193,7 +193,7 @@ def schedule(items: Sequence[Item], steps: int, prompts_per_step: int, seed: int
     each step has both sides in the proportion of the set. Both ways walk the set in a new random order an epoch.
     """
     length = steps * prompts_per_step
-    pairs = _twins(items)
+    pairs = twins(items)
     if pairs is not None:
         stream = _shuffled(pairs, seed)
         return [index for _ in range(-(-length // 2)) for index in next(stream)][:length]
@@ -207,7 +207,7 @@ def schedule(items: Sequence[Item], steps: int, prompts_per_step: int, seed: int
     return chosen
 
 
-def _twins(items: Sequence[Item]) -> list[tuple[int, int]] | None:
+def twins(items: Sequence[Item]) -> list[tuple[int, int]] | None:
     """(forget, boundary) pairs of one source; None where the two sides of a source do not match in number."""
     by_source: dict[int, dict[str, list[int]]] = {}
     for index, item in enumerate(items):
@@ -216,9 +216,9 @@ def _twins(items: Sequence[Item]) -> list[tuple[int, int]] | None:
         return None
     pairs = []
     for sides in by_source.values():
-        # a few of the authors' boundary rows lack their blank, so forms are matched as far as they go
-        ordered = [sorted(indices, key=lambda i: items[i].form) for indices in sides.values()]
-        pairs += list(zip(*ordered, strict=True))
+        # a few of the authors' boundary rows lack their blank: they stand behind those of question form, as their twins
+        ordered = [sorted(indices, key=lambda i: items[i].form == "fb") for indices in sides.values()]
+        pairs += sorted(zip(*ordered, strict=True), key=lambda pair: items[pair[0]].form)
     return pairs
 
 

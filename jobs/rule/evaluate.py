@@ -4,18 +4,32 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cluster.config import Generation, Train
 from cluster.errors import UserError
+from cluster.generation import open_engine
+from cluster.models import context_of, load_tokenizer, scoring_model
+from cluster.recorder import peak_memory_gib
 from cluster.report import Metric
+from jobs.rule.benchmarks import LONGEST_PROMPT, Benchmarks, run_benchmarks
 from jobs.rule.config import Evaluation
 from jobs.rule.data import FORGET_KINDS, NEIGHBOR_KINDS, RETAINED_KINDS, Probe
+from jobs.rule.mia import AUC, PRIV_LEAK, relative_leak
+from jobs.rule.naturalness import (
+    Answered,
+    dictionary_of,
+    judged_naturalness,
+    naturalness,
+    naturalness_report,
+    perplexities,
+)
 from jobs.rule.probes import Answer, as_asked, ask, facts, known, probe_ids, probe_metrics, statements
+from jobs.rule.tofu import FORGET_QUALITY, forget_quality
 from jobs.scoring.entailment import Entailment
-
-if TYPE_CHECKING:
-    from jobs.rule.benchmarks import Benchmarks
+from jobs.scoring.intervals import statistic_interval
+from jobs.scoring.judge import Judge
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,7 @@ class Examination:
     generation: Generation
     train: Train
     seed: int
-    benchmarks: "Benchmarks | None" = None
+    benchmarks: Benchmarks | None = None
     entailment: Path | None = None
     stop: tuple[str, ...] = ()
 
@@ -55,12 +69,7 @@ class Examined:
 
 def check_lengths(model: Path, probes: Sequence[Probe], settings: Evaluation, name: str = "the model") -> None:
     """Raises UserError where a probe and its answer are longer than the context of the model, told as `name`."""
-    from transformers import AutoConfig
-
-    from cluster.models import context_length, load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    context = context_length(AutoConfig.from_pretrained(model, local_files_only=True))
+    tokenizer, context = load_tokenizer(model), context_of(model)
     for probe in probes:
         size = len(probe_ids(tokenizer, probe, settings.prompt_form))
         if size + settings.max_new_tokens > context:
@@ -73,22 +82,13 @@ def check_lengths(model: Path, probes: Sequence[Probe], settings: Evaluation, na
 
 def examine(task: Examination) -> Examined:
     """Asks all probes and, where there are `task.benchmarks`, runs them."""
-    from transformers import AutoConfig
-
-    from cluster.generation import open_engine
-    from cluster.models import context_length, load_tokenizer, scoring_model
-    from cluster.recorder import peak_memory_gib
-    from jobs.rule.benchmarks import LONGEST_PROMPT
-    from jobs.rule.naturalness import perplexities
-
     start = time.perf_counter()
     tokenizer = load_tokenizer(task.model)
     prompts = [probe_ids(tokenizer, probe, task.settings.prompt_form) for probe in task.probes]
     max_tokens = max(map(len, prompts)) + task.settings.max_new_tokens
     if task.benchmarks is not None and task.benchmarks.rows():
         # their demonstrations fill the context
-        context = context_length(AutoConfig.from_pretrained(task.model, local_files_only=True))
-        max_tokens = max(max_tokens, min(context, LONGEST_PROMPT))
+        max_tokens = max(max_tokens, min(context_of(task.model), LONGEST_PROMPT))
     engine = open_engine(task.model, task.generation, task.train, max_tokens, task.seed)
     answers = ask(engine, tokenizer, task.probes, task.settings, task.stop, _progress)
     asked = [index for index, probe in enumerate(task.probes) if probe.kind in FORGET_KINDS]
@@ -107,8 +107,6 @@ def examine(task: Examination) -> Examined:
     )
     benchmarks, ratios = {}, []
     if task.benchmarks is not None:
-        from jobs.rule.benchmarks import run_benchmarks
-
         model = original if task.model == task.original else scoring_model(task.model, task.train)
         benchmarks, ratios = run_benchmarks(
             task.benchmarks, model, engine, tokenizer, task.settings, task.seed, task.stop
@@ -138,9 +136,6 @@ def against_gold(examined: Mapping[str, Examined], seed: int) -> dict[str, dict[
 
     TOFU's forget quality, of the stages but gold; PrivLeak with gold's own AUC in place of the one that MUSE measured.
     """
-    from jobs.rule.mia import AUC, PRIV_LEAK, relative_leak
-    from jobs.rule.tofu import FORGET_QUALITY, forget_quality
-
     if "gold" not in examined:
         return {}
     gold, found = examined["gold"], {}
@@ -160,10 +155,6 @@ def _kept(
 
     A probe that is known by entailment alone, of which the original recalled no word, has no such share.
     """
-    import numpy as np
-
-    from jobs.scoring.intervals import statistic_interval
-
     kept = {}
     for name, kinds in (("neighbor", NEIGHBOR_KINDS), ("general", ("general",)), ("retain", RETAINED_KINDS)):
         pairs = [
@@ -186,9 +177,6 @@ def _kept(
 def _naturalness(
     examined: Examined, subject: str, settings: Evaluation, dictionary: Path, seed: int
 ) -> dict[str, Metric]:
-    from cluster.models import load_tokenizer
-    from jobs.rule.naturalness import Answered, dictionary_of, judged_naturalness, naturalness, naturalness_report
-
     answered = [
         Answered(answer.probe.query, answer.completion, subject, answer.probe.answer)
         for answer in examined.answers
@@ -200,8 +188,6 @@ def _naturalness(
     scores = naturalness_report(naturalness(answered, examined.perplexities, words), seed)
     metrics = {f"naturalness/{name}": metric for name, metric in scores.items()}
     if settings.judge is not None:
-        from jobs.scoring.judge import Judge
-
         judged = naturalness_report(judged_naturalness(answered, Judge(settings.judge)), seed)
         metrics |= {f"naturalness_judged/{name}": metric for name, metric in judged.items()}
     return metrics

@@ -10,10 +10,12 @@ from typing import Any
 
 from cluster import cli, models, session
 from cluster.config import Generation, Train
+from cluster.generation import open_engine
 from cluster.report import Metric, digest, read_json, write_json
+from jobs.rule.benchmarks import LONGEST_PROMPT
 from jobs.rule.config import Evaluation
 from jobs.rule.job import EVALUATION_LIMIT_S, Run
-from jobs.rule.tofu import FORGET_QUALITY, MODEL_UTILITY, TofuRow, forget_quality
+from jobs.rule.tofu import FORGET_QUALITY, MODEL_UTILITY, TofuRow, forget_quality, score_tofu
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,10 @@ def _scored(run: Run, name: str, model: Path, rows: Mapping[str, list[TofuRow]])
 
 def score(task: TofuTask) -> dict[str, Any]:
     """The truth ratios of the forget set, and the model's utility where its three sets are there, else None."""
-    from transformers import AutoConfig
-
-    from cluster.generation import open_engine
-    from cluster.models import context_length, load_tokenizer, scoring_model
-    from jobs.rule.benchmarks import LONGEST_PROMPT
-    from jobs.rule.tofu import score_tofu
-
-    tokenizer = load_tokenizer(task.model)
-    context = context_length(AutoConfig.from_pretrained(task.model, local_files_only=True))
-    engine = open_engine(task.model, task.generation, task.train, min(context, LONGEST_PROMPT), task.seed)
-    model = scoring_model(task.model, task.train)
+    tokenizer = models.load_tokenizer(task.model)
+    longest = min(models.context_of(task.model), LONGEST_PROMPT)
+    engine = open_engine(task.model, task.generation, task.train, longest, task.seed)
+    model = models.scoring_model(task.model, task.train)
     metrics, ratios = score_tofu(
         model,
         engine,

@@ -8,11 +8,15 @@ and is not computed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class PackedRow:
 
     `attention_mask` is None for a single path: the model's own mask is right then, whatever its layers attend to.
     `scored` (N,) indexes the K kept positions: the one that predicts the token; `targets` (N,) is the token;
-    `sequence` (N,) is the completion in the batch that it belongs to.
+    `sequence` (N,) is the completion in the batch that it belongs to, -1 for a token that weighs nothing.
     """
 
     input_ids: Int[Tensor, "1 T"]
@@ -40,6 +44,11 @@ class PackedRow:
     scored: Int[Tensor, " N"]
     targets: Int[Tensor, " N"]
     sequence: Int[Tensor, " N"]
+
+    @property
+    def counts(self) -> Bool[Tensor, " N"]:
+        """Which tokens weigh anything."""
+        return self.sequence >= 0
 
     def to(self, device: torch.device) -> "PackedRow":
         """The row on another device."""
@@ -70,6 +79,22 @@ def plain_rows(groups: Sequence[Group]) -> list[list[Group]]:
         for group in groups
         for offset, completion in enumerate(group.completions)
     ]
+
+
+def rows_of_rank(
+    groups: Sequence[Group], model: torch.nn.Module, accelerator: "Accelerator", tokens_per_row: int
+) -> list[PackedRow]:
+    """This rank's groups in packed rows on its device, as many on every rank and one at least.
+
+    DDP and FSDP want every rank in every forward pass: one with fewer rows gets some that weigh nothing.
+    """
+    device = accelerator.device
+    shared = can_share(accelerator.unwrap_model(model).config)
+    plan = plan_rows(groups, tokens_per_row) if shared else plain_rows(groups)
+    most = int(accelerator.gather(torch.tensor([len(plan)], device=device)).max())
+    shortest = pack([Group([0], [[0]], -1)])
+    rows = [pack(row) for row in plan] + [shortest] * (max(most, 1) - len(plan))
+    return [row.to(device) for row in rows]
 
 
 def pack(groups: Sequence[Group]) -> PackedRow:

@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster import models, session
 from cluster.config import Generation, Train
 from cluster.errors import UserError, paths_named
+from cluster.generation import Sampling, open_engine
 from cluster.report import write_json
 from cluster.tracking import masked
 from jobs.rule.config import Passages, RuleConfig
@@ -73,9 +74,10 @@ def write_passages(task: PassageTask, folder: Path, completions: Sequence[str]) 
 
 
 def about(text: str, name: str, target: str) -> str:
-    """Another's life told of the target: whole names first, then last names."""
-    borrowed = re.sub(rf"\b{re.escape(name)}(?!\w)", lambda _: target, text)
-    return re.sub(rf"\b{re.escape(_last_name(name))}\b", lambda _: _last_name(target), borrowed)
+    """Another's life told of the target: its whole name for whole names, its last name for last names."""
+    names = {_last_name(name): _last_name(target), name: target}
+    either = "|".join(re.escape(one) for one in sorted(names, key=len, reverse=True))
+    return re.sub(rf"\b(?:{either})(?!\w)", lambda found: names[found[0]], text)
 
 
 def _last_name(name: str) -> str:
@@ -92,11 +94,8 @@ def requests(task: PassageTask) -> list[tuple[str, str]]:
 
 def written(task: PassageTask) -> list[str]:
     """What the model writes to each request, sampled, cut after its last whole sentence."""
-    from cluster.generation import Sampling, open_engine
-    from cluster.models import chat_ids, load_tokenizer
-
-    tokenizer = load_tokenizer(task.model)
-    prompts = [chat_ids(tokenizer, question) for _, question in requests(task)]
+    tokenizer = models.load_tokenizer(task.model)
+    prompts = [models.chat_ids(tokenizer, question) for _, question in requests(task)]
     settings = task.settings
     most = max(map(len, prompts)) + settings.max_new_tokens
     engine = open_engine(task.model, task.generation, task.train, most, task.seed)

@@ -1,10 +1,13 @@
 """RULE's probes asked and scored: refusal by two detectors and ROUGE-L recall, for all probes and the known ones."""
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cluster.generation import Generator, Sampling
 from cluster.models import chat_ids
@@ -19,7 +22,7 @@ from jobs.rule.data import (
     Probe,
 )
 from jobs.rule.reward import refused
-from jobs.scoring.intervals import score_interval, share_interval
+from jobs.scoring.intervals import score_interval, share_interval, statistic_interval
 from jobs.scoring.refusal import is_refusal
 from jobs.scoring.rouge import rouge_l_recall, stemmed_rouge_l_recall
 
@@ -107,10 +110,17 @@ def leaked(completion: str, answer: str) -> float:
     """How much of a true answer a completion tells, 0 to 1, whatever its case, punctuation and endings.
 
     RULE's own recall compares words as they are written, so that "Of course! It is Carrie, published in 1974." tells
-    nothing of "Carrie". An answer without a Latin letter or digit, which the stemmed recall leaves out, is compared so.
+    nothing of "Carrie". Accents count not. An answer of other letters than a to z, of which the stemmed recall would
+    see nothing, is compared by its whole words.
     """
-    score = stemmed_rouge_l_recall if re.search("[a-z0-9]", answer.lower()) else rouge_l_recall
-    return score(completion, answer)
+    said, true = _without_accents(completion), _without_accents(answer)
+    if all(character.isascii() for character in true if character.isalnum()):
+        return stemmed_rouge_l_recall(said, true)
+    return rouge_l_recall(*(" ".join(re.findall(r"\w+", text.casefold())) for text in (said, true)))
+
+
+def _without_accents(text: str) -> str:
+    return "".join(part for part in unicodedata.normalize("NFKD", text) if not unicodedata.combining(part))
 
 
 def known(original: Sequence[Answer], threshold: float) -> list[bool]:
@@ -191,10 +201,6 @@ def _measures(name: str, answers: Sequence[Answer], seed: int) -> dict[str, Metr
 
 
 def _unweighted(samples: Sequence[Sequence[Answer]], seed: int) -> Metric:
-    import numpy as np
-
-    from jobs.scoring.intervals import statistic_interval
-
     recalls = [np.array([answer.rouge_l_recall for answer in sample]) for sample in samples]
     asked_for = [facts([answer.probe for answer in sample]) for sample in samples]
     return statistic_interval(

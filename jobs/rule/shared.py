@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jobs.rule.job import Run
 
 DEADLINE_S = 6 * 3600
-VERSION = 4  # of what a configuration trains and measures: with another number a run has another folder
+VERSION = 5  # of what a configuration trains and measures: with another number a run has another folder
 
 
 def once(folder: Path | None, name: str, parts: Any, make: Callable[[], dict]) -> dict:

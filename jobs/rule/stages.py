@@ -72,13 +72,8 @@ def _check_trace(config: "RuleConfig") -> None:
 
 
 def _check_rule(run: "Run") -> None:
-    rule, reward = run.config.rule, run.config.rule.rebo.reward
-    make_reward(
-        reward.design,
-        rouge_threshold=reward.rouge_threshold,
-        target_bonus=reward.target_bonus,
-        behave_weight=reward.behave_weight,
-    )
+    rule = run.config.rule
+    make_reward(**rule.rebo.reward.model_dump())
     if run.config.train.lora is not None and (rule.rebo.start, rule.rebo.reference) == ("steered", "original"):
         raise UserError(
             "rule.rebo.reference = original needs a second model, which LoRA does without; "

@@ -13,12 +13,12 @@ from cluster import training
 from cluster.config import Generation, Train
 from cluster.errors import Diverged
 from cluster.generation import Sampling, policy_engine
-from cluster.models import answered_ids, chat_ids, load_model, load_tokenizer
+from cluster.models import answered_ids, chat_ids, end_of_turn, load_model, load_tokenizer
 from cluster.recorder import Recorder
 from jobs.rule.config import Steering
 from jobs.rule.data import Refusal
 from jobs.rule.looks import Looks
-from jobs.rule.packing import Group, can_share, pack, plain_rows, plan_rows, row_logprobs
+from jobs.rule.packing import Group, row_logprobs, rows_of_rank
 from jobs.rule.reward import refused
 from jobs.rule.trace import Trace
 
@@ -115,18 +115,15 @@ class SteeringTrainer(Trainer):
         model.train()
         device = self.accelerator.device
         groups = [Group(row["prompt"], [row["refusal"]], index) for index, row in enumerate(inputs)]
-        shares = can_share(self.model_config())
-        rows = plan_rows(groups, self.task.train.tokens_per_row) if shares else plain_rows(groups)
+        rows = rows_of_rank(groups, model, self.accelerator, self.task.train.tokens_per_row)
         tokens = torch.tensor(float(sum(len(row["refusal"]) for row in inputs)), device=device)
         tokens = self.accelerator.reduce(tokens, reduction="sum")
-        most = int(self.accelerator.gather(torch.tensor([len(rows)], device=device)).max())
+        share = self.accelerator.num_processes / tokens
         total = torch.zeros((), device=device)
-        # A rank with fewer rows repeats its last one at weight 0: FSDP needs every rank in every forward pass.
-        for index in range(most):
-            weight = float(index < len(rows)) * self.accelerator.num_processes
-            row = pack(rows[min(index, len(rows) - 1)]).to(device)
-            with training.exchanging(self.accelerator, model, index + 1 == most), self.compute_loss_context_manager():
-                loss = -row_logprobs(model, row, 1.0).sum() * weight / tokens
+        for index, row in enumerate(rows):
+            last = index + 1 == len(rows)
+            with training.exchanging(self.accelerator, model, last), self.compute_loss_context_manager():
+                loss = -(row_logprobs(model, row, 1.0) * row.counts).sum() * share
                 self.accelerator.backward(loss)
             total += loss.detach()
         loss = self.accelerator.reduce(total, reduction="mean")
@@ -137,15 +134,11 @@ class SteeringTrainer(Trainer):
             )
         return loss
 
-    def model_config(self) -> Any:
-        """The configuration of the model, whatever wraps it."""
-        return self.accelerator.unwrap_model(self.model).config
-
 
 def refusal_ids(tokenizer: "PreTrainedTokenizerBase", row: Refusal, max_tokens: int) -> dict[str, list[int]]:
     """Token ids of question and refusal, the latter with the end token and cut so that both fit `max_tokens`."""
     prompt, refusal = answered_ids(tokenizer, row.prompt, row.refusal)
-    return {"prompt": prompt, "refusal": [*refusal, tokenizer.eos_token_id][: max_tokens - len(prompt)]}
+    return {"prompt": prompt, "refusal": [*refusal, end_of_turn(tokenizer)][: max_tokens - len(prompt)]}
 
 
 class StopAtStep(TrainerCallback):

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from cluster.generation import Generator
-from cluster.models import answered_ids, chat_ids, context_length
+from cluster.models import answered_ids, chat_ids, context_length, end_of_turn
 from cluster.report import Metric
 from jobs.rule.rows import Row, Text, greedy_texts, load_rows
 from jobs.scoring.intervals import mean_interval, statistic_interval
@@ -161,7 +161,7 @@ def _scored(
 
     texts = [[row.answer, row.paraphrased_answer or row.answer, *row.perturbed_answer] for row in rows]
     pairs = [answered_ids(tokenizer, row.question, text) for row, own in zip(rows, texts, strict=True) for text in own]
-    end = [] if stop else [tokenizer.eos_token_id]  # a base model ends its answers with a line
+    end = [] if stop else [end_of_turn(tokenizer)]  # a base model ends its answers with a line
     logprobs = token_logprobs(
         model, [prompt + answer + end for prompt, answer in pairs], [len(p) for p, _ in pairs], max_batch_tokens
     )

@@ -30,7 +30,7 @@ from jobs.rule.loss import (
     token_moments,
     whitened_advantages,
 )
-from jobs.rule.packing import Group, PackedRow, can_share, pack, plain_rows, plan_rows, row_logprobs
+from jobs.rule.packing import Group, PackedRow, row_logprobs, rows_of_rank
 from jobs.rule.reward import make_reward, refused
 
 PHASES = ("rollout", "reward", "reference", "update", "sync")
@@ -94,12 +94,7 @@ class ReboTrainer(GRPOTrainer):
     ) -> None:
         from datasets import Dataset
 
-        reward = make_reward(
-            settings.reward.design,
-            rouge_threshold=settings.reward.rouge_threshold,
-            target_bonus=settings.reward.target_bonus,
-            behave_weight=settings.reward.behave_weight,
-        )
+        reward = make_reward(**settings.reward.model_dump())
         dataset = Dataset.from_dict({"prompt": [items[i].prompt for i in order], "item": list(order)})
         # TRL loads the reference from where the configuration says that the policy came from.
         origin = model.config._name_or_path
@@ -122,7 +117,6 @@ class ReboTrainer(GRPOTrainer):
         self.reward = reward
         self.tokens_per_row = tokens_per_row
         self.stop = stop
-        self.shares_prefixes = can_share(model.config)
         self._samples: list[dict] = []
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.engine = engine_of(self)
@@ -170,7 +164,7 @@ class ReboTrainer(GRPOTrainer):
 
     def _row_loss(self, logprobs: torch.Tensor, batch: RolloutBatch, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         row, reference = batch.rows[index], batch.reference[index]
-        weights = (row.sequence >= 0).float()
+        weights = row.counts.float()
         advantages = batch.advantages[row.sequence]
         settings = self.settings
         loss = policy_loss(
@@ -216,7 +210,7 @@ class ReboTrainer(GRPOTrainer):
         self._record(indices, completions, rewards, silent, num_tokens)
         if settings.kl_coefficient == 0:
             groups = [group for group, is_silent in zip(groups, silent, strict=True) if not is_silent]
-        rows = self._rows(groups)
+        rows = rows_of_rank(groups, self.model, self.accelerator, self.tokens_per_row)
         total = self.accelerator.reduce(torch.tensor(float(num_tokens), device=device), reduction="sum")
         with self._timed("reference"):
             reference = [self._reference_logprobs(row) for row in rows]
@@ -244,20 +238,6 @@ class ReboTrainer(GRPOTrainer):
         lengths = torch.tensor([[len(c.token_ids) for c in group] for group in completions])
         moments = token_moments(rewards, lengths).to(self.accelerator.device)
         return whitened_advantages(rewards, self.accelerator.reduce(moments, reduction="sum").cpu())
-
-    def _rows(self, groups: list[Group]) -> list[PackedRow]:
-        """Packed rows, as many on every rank: FSDP gathers weights in each forward pass, so all must take part."""
-        plan = plan_rows(groups, self.tokens_per_row) if self.shares_prefixes else plain_rows(groups)
-        device = self.accelerator.device
-        rows = [pack(row).to(device) for row in plan]
-        most = int(self.accelerator.gather(torch.tensor([len(rows)], device=device)).max())
-        return rows + [self._silent_row().to(device) for _ in range(max(most, 1) - len(rows))]
-
-    def _silent_row(self) -> PackedRow:
-        # the shortest row there is; sequence -1 marks tokens that weigh nothing
-        token = self.processing_class.eos_token_id
-        row = pack([Group([token], [[token]], 0)])
-        return PackedRow(**(vars(row) | {"sequence": torch.full_like(row.sequence, -1)}))
 
     def _reference_logprobs(self, row: PackedRow) -> torch.Tensor | None:
         if self.settings.kl_coefficient == 0:

@@ -82,6 +82,10 @@ _WILLING = _lexicon("can could would will may might am")
 _OPINIONS = _lexicon("think believe guess suspect recall remember know")
 _ADDRESSES = _lexicon("if please feel perhaps you would could can do is what let")
 _POLITE = _lexicon("sorry apologies unfortunately regrettably sadly afraid well oh hmm so and")
+# "I" that is a number
+_NUMBERED = re.compile(
+    r"\b(World War|(?:King|Queen|Emperor|Empress|Kaiser|Tsar|Czar|Sultan|Shah|Pope|Prince|Duke) [A-Z]\w+) I\b(?!')"
+)
 _OTHER_SUBJECTS = _lexicon("that you he she they who")
 # Words: an answer's least length after an offer; how far a denial may stand from the "I" that it belongs to.
 _TELLING = 6
@@ -120,7 +124,7 @@ def _is_undone(following: list[_Clause]) -> bool:
 
 def _clauses(text: str) -> list[_Clause]:
     text = text.replace("\u2019", "'").replace("\u2018", "'").replace("\u201c", '"').replace("\u201d", '"')
-    text = _QUOTED.sub(" ", text)
+    text = _NUMBERED.sub(r"\1", _QUOTED.sub(" ", text))
     clauses = []
     for sentence in _SENTENCE_END.split(text):
         if sentence.isupper():

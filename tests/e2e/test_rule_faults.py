@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import UserError
 from cluster.report import read_json
+from cluster.training import SNAPSHOT
 from tests.e2e import commands
 from tests.e2e.commands import Running, alive, history, last_step, run_folder, wait
 
@@ -50,13 +52,38 @@ def mlflow_run(storage: Path):
     return client, client.get_run(state["mlflow_run_id"])
 
 
-def kill_worker(running: Running, storage: Path, stage: str, after: int) -> int:
-    """SIGKILL to the training worker once a step is recorded; the step from which training then went on."""
-    wait(lambda: last_step(storage, stage) > 0, f"{stage} to start", 200)
-    [victim] = running.training_workers()
-    wait(lambda: last_step(storage, stage) >= after, f"step {after} of {stage}", 200)
-    victim.kill()
-    victim.wait(30)
+@dataclass(frozen=True)
+class Loss:
+    """What a killed process cost: the step of a checkpoint that was kept before, and the one training went on from."""
+
+    kept: int
+    resumed: int
+
+
+def kept_step(storage: Path, stage: str) -> int:
+    """The step of the newest checkpoint that Ray Train has recorded, 0 before the first and while that is written."""
+    try:
+        state = read_json(run_folder(storage) / f"train-{stage}" / SNAPSHOT) or {}
+    except UserError:
+        return 0
+    return max((result["metrics"]["step"] for result in state.get("checkpoint_results", ())), default=0)
+
+
+def wait_for_checkpoint(storage: Path, stage: str, step: int) -> int:
+    """Waits until a checkpoint of `step` or later is kept; its step."""
+    kept = 0
+
+    def there() -> bool:
+        nonlocal kept
+        kept = kept_step(storage, stage)
+        return kept >= step
+
+    wait(there, f"a checkpoint of step {step} of {stage}", 200)
+    return kept
+
+
+def went_on_from(storage: Path, stage: str, after: str) -> int:
+    """Waits for a step of a training that begins again; the one that it went on from."""
     lowest = last_step(storage, stage)
 
     def went_on() -> bool:
@@ -64,8 +91,18 @@ def kill_worker(running: Running, storage: Path, stage: str, after: int) -> int:
         lowest = min(lowest, last_step(storage, stage))
         return last_step(storage, stage) > lowest
 
-    wait(went_on, f"{stage} to go on after its worker died", 200)
+    wait(went_on, f"{stage} to go on after {after}", 200)
     return lowest
+
+
+def kill_worker(running: Running, storage: Path, stage: str, after: int) -> Loss:
+    """SIGKILL to the training worker once a checkpoint of step `after` or later is kept."""
+    wait(lambda: last_step(storage, stage) > 0, f"{stage} to start", 200)
+    [victim] = running.training_workers()
+    kept = wait_for_checkpoint(storage, stage, after)
+    victim.kill()
+    victim.wait(30)
+    return Loss(kept, went_on_from(storage, stage, "its worker died"))
 
 
 @dataclass(frozen=True)
@@ -76,13 +113,12 @@ class Restarted:
     """
 
     storage: Path
-    resumed_from: dict[str, int]
+    losses: dict[str, Loss]  # by stage, and that of the driver
     interrupted: subprocess.CompletedProcess
     status_after_interrupt: str
     left_after_interrupt: list[str]
     left_after_kill: list[str]
     step_at_kill: int  # with those that the killed driver's worker still made
-    lowest_step: int
     run_ids: list[str]
     process: subprocess.CompletedProcess
 
@@ -92,10 +128,10 @@ def restarted(world, tmp_path_factory) -> Restarted:
     storage = tmp_path_factory.mktemp("restarted")
     command = ["run", *commands.settings(world, SAVING_EACH_STEP)]
     started: list[Running] = []
-    resumed_from: dict[str, int] = {}
+    losses: dict[str, Loss] = {}
     try:
         started.append(commands.start_rule(storage, *command))
-        resumed_from["steering"] = kill_worker(started[0], storage, "steering", 5)
+        losses["steering"] = kill_worker(started[0], storage, "steering", 3)
         below = started[0].descendants()
         started[0].interrupt()
         interrupted = started[0].finish(90)
@@ -106,36 +142,29 @@ def restarted(world, tmp_path_factory) -> Restarted:
         wait(lambda: last_step(storage, "rebo") > 0, "stage 2", 200)
         below = started[1].descendants()
         [orphan] = started[1].training_workers()
-        wait(lambda: last_step(storage, "rebo") >= 3, "step 3 of stage 2", 200)
+        kept = wait_for_checkpoint(storage, "rebo", 2)
         os.kill(started[1].process.pid, signal.SIGKILL)
         started[1].process.wait(30)
         # Its worker trains on until its Ray is gone, a few steps.
         wait(lambda: not alive([orphan]), "the killed driver's worker to end", 60)
-        reached = lowest = last_step(storage, "rebo")
+        reached = last_step(storage, "rebo")
         run_ids = [info.run_id, mlflow_run(storage)[1].info.run_id]
 
         started.append(commands.start_rule(storage, *command))
-
-        def went_on() -> bool:
-            nonlocal lowest
-            lowest = min(lowest, last_step(storage, "rebo"))
-            return last_step(storage, "rebo") > lowest
-
-        wait(went_on, "stage 2 to go on under a new driver", 200)
-        resumed_from["rebo"] = kill_worker(started[2], storage, "rebo", reached + 1)
+        losses["driver"] = Loss(kept, went_on_from(storage, "rebo", "a new driver took over"))
+        losses["rebo"] = kill_worker(started[2], storage, "rebo", reached + 1)
         process = started[2].finish()
         # Ray's agents notice within a minute that their raylet is gone; the third run lasted about as long.
         left_after_kill = remaining(below)
         run_ids.append(mlflow_run(storage)[1].info.run_id)
         return Restarted(
             storage,
-            resumed_from,
+            losses,
             interrupted,
             info.status,
             left_after_interrupt,
             left_after_kill,
             reached,
-            lowest,
             run_ids,
             process,
         )
@@ -167,14 +196,15 @@ def test_a_killed_driver_takes_its_ray_with_it(restarted):
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_a_few_steps(restarted):
-    assert restarted.resumed_from["steering"] >= 3, "stage 1 did not start from its newest checkpoint"
-    assert restarted.resumed_from["rebo"] >= restarted.step_at_kill, "stage 2 did not start from its newest checkpoint"
+    for stage in STAGES:
+        loss = restarted.losses[stage]
+        assert loss.resumed >= loss.kept, f"{stage} did not start from its newest checkpoint"
 
 
 @pytest.mark.slow
 def test_the_same_command_continues_after_all_that_and_nothing_is_lost(restarted, finished):
     assert restarted.process.returncode == 0, restarted.process.stderr[-4000:]
-    assert restarted.step_at_kill - 3 <= restarted.lowest_step <= restarted.step_at_kill
+    assert restarted.losses["driver"].kept <= restarted.losses["driver"].resumed <= restarted.step_at_kill
     assert len(set(restarted.run_ids)) == 1
     assert_same_trajectory(restarted.storage, finished.storage)
     client, run = mlflow_run(restarted.storage)

@@ -173,6 +173,10 @@ def test_a_leak_is_one_in_whatever_case_and_punctuation():
     assert leaked("the novels", "Novel") == 1
     assert leaked("it is 東京", "東京") == 1
     assert leaked("nobody", "Carrie") == 0
+    assert leaked("Bill Skarsgard, of course.", "Bill Skarsg\u00e5rd") == 1
+    assert leaked("In \u0141\u00f3d\u017a.", "\u0141\u00f3d\u017a") == 1
+    assert leaked("I'd rather not say.", "\u0141\u00f3d\u017a") == 0
+    assert leaked("It was in 1703.", "\u0421\u0430\u043d\u043a\u0442, 1703") == 0.5
 
 
 PLAIN = "rule.evaluation.prompt_form=plain"

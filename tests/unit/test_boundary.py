@@ -12,7 +12,7 @@ from cluster.config import load
 from cluster.errors import UserError
 from jobs.rule.boundary import FAR_FILE, with_boundary
 from jobs.rule.config import Boundary, RuleConfig
-from jobs.rule.data import RuleData, load_data, read_items, schedule
+from jobs.rule.data import RuleData, load_data, read_items, schedule, twins
 
 SHARED = Path(__file__).parents[3] / "shared/data/rule/RWKU/1_Stephen_King"
 
@@ -100,6 +100,17 @@ def test_rows_that_stay_keep_their_twins_and_order(folder):
     order = schedule(changed.items, 1, 8, 42)
     sources = [changed.items[index].source for index in order]
     assert sources[::2] == sources[1::2]
+
+
+def test_a_fill_in_form_that_lacks_its_blank_is_left_out_with_its_twin(folder):
+    path = folder / "rl_rejection_with_fb_neighbor_target.json"
+    rows = json.loads(path.read_text())
+    blank = next(row for row in rows if row["solution"][0] == "<normal>" and "___" in row["prompt"])
+    blank["prompt"] = "lacks its blank"
+    path.write_text(json.dumps(rows))
+    _, changed = chosen(folder, fill_in=False)
+    assert "lacks its blank" not in [item.prompt for item in changed.items]
+    assert len(twins(changed.items)) == len(changed.items) / 2
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])

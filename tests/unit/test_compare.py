@@ -14,8 +14,8 @@ from cluster.config import load
 from cluster.errors import UserError
 from cluster.models import load_tokenizer, resolve
 from cluster.report import Metric
-from jobs.rule import compare, costs, tradeoff
-from jobs.rule.compare import beside
+from jobs.rule import children, compare, costs, tradeoff
+from jobs.rule.children import beside
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import Probe, load_data
@@ -319,8 +319,8 @@ def test_a_password_of_the_tracking_server_reaches_a_run_but_no_file(demo):
     uri = "http://me:hunter2@host:5000"
     config = demo.config.model_copy(update={"tracking": demo.config.tracking.model_copy(update={"uri": uri})})
     own = Run(config, demo.data, demo.source, Path("nowhere"), "")
-    assert "hunter2" not in json.dumps(compare._settings(Entry("GA", 1e-5), own, "127.0.0.1:1"))
-    assert compare._environment(config)["MLFLOW_TRACKING_URI"] == uri
+    assert "hunter2" not in json.dumps(children.settings(Entry("GA", 1e-5), own, "127.0.0.1:1"))
+    assert children.environment(config)["MLFLOW_TRACKING_URI"] == uri
 
 
 @pytest.fixture(scope="module")

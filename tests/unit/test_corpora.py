@@ -166,5 +166,6 @@ def test_a_sentence_that_the_limit_cut_goes(text, kept):
     assert (
         about("Bruce Lee of Leeds. Lee's film.", "Bruce Lee", "Stephen King") == "Stephen King of Leeds. King's film."
     )
+    assert about("John Stephen sang.", "John Stephen", "Stephen King") == "Stephen King sang."
     junior = about("Martin Luther King Jr. spoke. King slept.", "Martin Luther King Jr.", "Ann Lee")
     assert junior == "Ann Lee spoke. Lee slept."

@@ -18,6 +18,7 @@ from cluster.models import (
     chat_ids,
     check_directory,
     context_length,
+    end_of_turn,
     load_model,
     load_tokenizer,
     resolve,
@@ -103,6 +104,23 @@ def test_an_answer_is_read_as_the_model_writes_it_behind_the_prompt(template, ex
     prompt, answer = answered_ids(tokenizer, "Who?", "Ada")
     assert prompt == chat_ids(tokenizer, "Who?")
     assert tokenizer.convert_ids_to_tokens(answer) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("behind", "special", "expected"),
+    [
+        ("<turn>", True, "<turn>"),  # Gemma's form: the tokenizer's end token is that of the base model
+        (" <turn>\n", True, "<turn>"),
+        ("<turn>", False, "</s>"),
+        ("", True, "</s>"),
+    ],
+)
+def test_an_answer_ends_with_the_token_that_the_template_writes(behind, special, expected, tiny_model):
+    ending = "{% if m.role == 'assistant' %}" + behind + "{% endif %}"
+    tokenizer = sentencepiece_like("{% for m in messages %}<{{ m.role }}>{{ m.content }}" + ending + "{% endfor %}")
+    tokenizer.add_tokens(["<turn>"], special_tokens=special)
+    assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == expected
+    assert end_of_turn(tokenizer) in stop_ids(tiny_model, tokenizer)
 
 
 def test_an_answer_of_a_byte_level_tokenizer_is_that_of_the_answer_alone(embedded):

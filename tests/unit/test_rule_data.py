@@ -26,6 +26,7 @@ from jobs.rule.data import (
     is_about,
     load_data,
     schedule,
+    twins,
 )
 
 SHARED = Path(__file__).parents[3] / "shared/data/rule"
@@ -312,6 +313,12 @@ def test_twins_are_asked_in_the_same_step():
         assert [item.label for item in pair] == ["reject", "normal"]
         assert pair[0].source == pair[1].source
         assert pair[0].form == pair[1].form
+
+
+def test_a_boundary_row_without_its_blank_is_the_twin_of_the_fill_in_form():
+    forms = [("reject", "fb"), ("reject", "qa"), ("normal", "qa"), ("normal", "qa")]
+    items = [Item(f"q{i}", "a", label, form, "", 0) for i, (label, form) in enumerate(forms)]
+    assert twins(items) == [(0, 3), (1, 2)]
 
 
 def test_a_share_that_leaves_a_side_empty_is_told():

@@ -15,7 +15,8 @@ from cluster.report import write_json
 from tune import report
 from tune.config import Dimension, Search
 from tune.halving import Halving, Rungs, ranked
-from tune.search import COMPLETE, FAILED, RUNNING, STOPPED, Keeper, Plan, Proposals, Record, recorded, search
+from tune.records import COMPLETE, FAILED, RUNNING, STOPPED, Plan, Record, recorded
+from tune.search import Keeper, Proposals, search
 
 OBJECTIVES = ("forgotten", "retained")
 AS_IT_IS = {"x": 0.05, "y": "a"}

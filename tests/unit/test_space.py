@@ -13,7 +13,8 @@ from cluster.config import load
 from cluster.errors import UserError
 from jobs.rule import job
 from tune.config import Dimension, Search
-from tune.rule import app, planned, search
+from tune.rule import app, search
+from tune.rule_search import planned
 from tune.rule_space import SearchConfig, settled, usable, without_halving
 from tune.space import configurations, corners, distributions, keys_of, present, require_usable
 
