@@ -171,10 +171,20 @@ class Pass:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Sampling within training: sequences of one worker and tokens of each, prompt included; 0 where there is none."""
+    """Sampling within training: sequences of one worker and tokens of each, prompt included; 0 where there is none.
+
+    `original`: whether the original model is loaded meanwhile, to score what was sampled.
+    """
 
     sequences: int = 0
     tokens: int = 0
+    original: bool = False
+
+    def together(self, other: "Rollouts") -> "Rollouts":
+        """Enough for either, one after the other."""
+        return Rollouts(
+            max(self.sequences, other.sequences), max(self.tokens, other.tokens), self.original or other.original
+        )
 
 
 def memory_plan(
@@ -290,6 +300,9 @@ def _plan(
             floor = _least_engine(shape, train, rollouts)
         else:
             engine = here * size
+    if rollouts.original:
+        size = shape.parameters * (2 if train.precision == "bfloat16" else FLOAT32)
+        rows.append(MemoryRow("original", size, "rollout", "scores what was sampled"))
     # A checkpoint is written before the last one goes, once by the trainer and once where Ray Train keeps it.
     saved = adapters or weights
     checkpoint = 4 * (saved + 2 * trained)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
     from vllm import LLM
 
+BATCHED_TOKENS = 4096  # of one pass on a GPU, as TRL has it
+
 
 class VllmEngine:
     """An engine with the model in `path`; `max_tokens` is prompt and completion together."""
@@ -109,6 +111,8 @@ def start_llm(path: str, *, gpu: bool, dtype: str, gpu_memory_utilization: float
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if gpu:
         options |= {"gpu_memory_utilization": gpu_memory_utilization}
+        # its own choice on large GPUs, 16384, makes room for passes that are never made
+        options |= {"max_num_batched_tokens": max(BATCHED_TOKENS, options["max_model_len"])}
     else:
         os.environ.setdefault(VLLM_CACHE, "1")
         # Bound threads would all sit on one core, with the training threads of this process beside them.

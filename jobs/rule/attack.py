@@ -179,7 +179,7 @@ def _prepared(
     for name, path in paths.items():
         check_room(name, path, probes, rule)
     node = this_node(run.folder, session.has_other_nodes(config))
-    return run, paths, rule_plan(config, run.data, run.source.path, node, ("steering",))
+    return run, paths, rule_plan(config, run.data, run.source.path, node, ("steering",), "steering")
 
 
 def _require_same_questions(run: job.Run, comparison: Path) -> None:

@@ -189,13 +189,17 @@ class _TokenLogprobs(torch.autograd.Function):
         gradient = gradient / ctx.temperature
         by_row = torch.zeros_like(normalisers).index_add_(0, scored, gradient)
         flow = torch.empty_like(logits)
-        for part, out, total, normaliser in zip(
-            logits.split(_ROWS), flow.split(_ROWS), by_row.split(_ROWS), normalisers.split(_ROWS), strict=True
-        ):
+        order = scored.argsort()
+        starts = torch.arange(0, len(logits) + _ROWS, _ROWS, device=scored.device)
+        edges = torch.searchsorted(scored[order], starts).tolist()
+        parts = zip(logits.split(_ROWS), flow.split(_ROWS), by_row.split(_ROWS), normalisers.split(_ROWS), strict=True)
+        for index, (part, out, total, normaliser) in enumerate(parts):
             shares = (_wide(part) / ctx.temperature).sub_(normaliser[:, None]).exp_()
             torch.mul(shares, -total[:, None], out=shares)
+            # before it is rounded: in bfloat16 both terms of a sure token would cancel out
+            here = order[edges[index] : edges[index + 1]]
+            shares.index_put_((scored[here] - index * _ROWS, targets[here]), gradient[here], accumulate=True)
             out.copy_(shares)
-        flow.index_put_((scored, targets), gradient.to(flow.dtype), accumulate=True)
         return flow, None, None, None
 
 

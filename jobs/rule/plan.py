@@ -14,8 +14,9 @@ from cluster.models import chat_ids, load_tokenizer
 from cluster.plan import BatchPlan, Plan, batch_plan
 from jobs.rule.config import Baseline, RuleConfig, Steering
 from jobs.rule.corpora import Sample
-from jobs.rule.data import RuleData
+from jobs.rule.data import Probe, RuleData
 from jobs.rule.methods.base import Method
+from jobs.rule.probes import probe_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,16 +38,38 @@ class Lengths:
     mean_prompt: float
 
 
-def rule_plan(config: RuleConfig, data: RuleData, model: Path, node: Node, wanted: Sequence[str] = STAGES) -> Plan:
+def rule_plan(
+    config: RuleConfig,
+    data: RuleData,
+    model: Path,
+    node: Node,
+    wanted: Sequence[str] = STAGES,
+    looked_at: str | None = None,
+) -> Plan:
     """The plan of the `wanted` stages with the model in directory `model`, against `node`.
+
+    `looked_at`: the stage whose model is asked probes on the way.
 
     Raises:
         UserError: as `measure` and `stages` do. `Plan.refusal` tells what does not fit.
     """
     shape = ModelShape.of(model)
     sampled = "rebo" in wanted or config.rule.steering.stop_at_refusal is not None
-    lengths = measure(config, data, load_tokenizer(model), shape.context, sampled)
-    return stages(config, lengths, shape, node, wanted)
+    tokenizer = load_tokenizer(model)
+    lengths = measure(config, data, tokenizer, shape.context, sampled)
+    asked = {} if looked_at is None else {looked_at: looks(config, data.probes, tokenizer)}
+    return stages(config, lengths, shape, node, wanted, asked)
+
+
+def looks(config: RuleConfig, probes: Sequence[Probe], tokenizer: "PreTrainedTokenizerBase") -> Rollouts:
+    """What a look at a model in training samples at most."""
+    evaluation = config.rule.evaluation
+    longest = max(len(probe_ids(tokenizer, probe, evaluation.prompt_form)) for probe in probes)
+    return Rollouts(
+        min(len(probes), config.generation.max_batch_sequences),
+        longest + evaluation.max_new_tokens,
+        config.rule.trace.naturalness,
+    )
 
 
 def measure(
@@ -86,14 +109,21 @@ def measure(
     return Lengths(len(data.refusals), longest, max(prompts), sum(prompts) / len(prompts))
 
 
-def stages(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node, wanted: Sequence[str] = STAGES) -> Plan:
-    """Batches and memory of the `wanted` stages.
+def stages(
+    config: RuleConfig,
+    lengths: Lengths,
+    shape: ModelShape,
+    node: Node,
+    wanted: Sequence[str] = STAGES,
+    asked: Mapping[str, Rollouts] = {},
+) -> Plan:
+    """Batches and memory of the `wanted` stages; `asked` is what is sampled of a stage beside its training.
 
     Raises:
         UserError: a batch cannot be dealt equally to the workers. `Plan.refusal` tells what does not fit.
     """
     plans = {"steering": _steering_plan, "rebo": _rebo_plan}
-    found = {stage: plans[stage](config, lengths, shape, node) for stage in wanted}
+    found = {stage: plans[stage](config, lengths, shape, node, asked.get(stage, Rollouts())) for stage in wanted}
     memory = {stage: memory for stage, (_, memory) in found.items()}
     return Plan(tuple(batches for batches, _ in found.values()), memory)
 
@@ -104,7 +134,9 @@ def steering_steps(settings: Steering, refusals: int) -> int:
     return round(epochs * math.ceil(refusals / settings.batch_size))
 
 
-def _steering_plan(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) -> tuple[BatchPlan, MemoryPlan]:
+def _steering_plan(
+    config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node, asked: Rollouts
+) -> tuple[BatchPlan, MemoryPlan]:
     steering, train, workers = config.rule.steering, config.train, config.train.num_workers
     row = min(lengths.longest_refusal, steering.max_tokens)
     batches = batch_plan(
@@ -117,10 +149,16 @@ def _steering_plan(config: RuleConfig, lengths: Lengths, shape: ModelShape, node
         tokens_per_row=train.tokens_per_row,
     )
     here = max(row, min(train.tokens_per_row, steering.batch_size // workers * row))
-    return batches, memory_plan(shape, train, config.generation, node, largest=Pass(here, here, smallest=row))
+    if steering.stop_at_refusal is not None:
+        answer = lengths.longest_prompt + config.rule.rebo.max_completion_tokens
+        asked = asked.together(Rollouts(config.generation.max_batch_sequences, answer))
+    largest = Pass(here, here, smallest=row)
+    return batches, memory_plan(shape, train, config.generation, node, largest=largest, rollouts=asked)
 
 
-def _rebo_plan(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node) -> tuple[BatchPlan, MemoryPlan]:
+def _rebo_plan(
+    config: RuleConfig, lengths: Lengths, shape: ModelShape, node: Node, asked: Rollouts
+) -> tuple[BatchPlan, MemoryPlan]:
     rebo, train, workers = config.rule.rebo, config.train, config.train.num_workers
     group = rebo.completions_per_prompt * rebo.max_completion_tokens
     batches = batch_plan(
@@ -136,16 +174,17 @@ def _rebo_plan(config: RuleConfig, lengths: Lengths, shape: ModelShape, node: No
     )
     largest_group = lengths.longest_prompt + group
     tokens = max(largest_group, min(train.tokens_per_row, rebo.prompts_per_step // workers * largest_group))
+    sampled = Rollouts(
+        rebo.prompts_per_step // workers * rebo.completions_per_prompt,
+        lengths.longest_prompt + rebo.max_completion_tokens,
+    )
     memory = memory_plan(
         shape,
         train,
         config.generation,
         node,
         largest=Pass(tokens, math.ceil(tokens * group / (group + lengths.mean_prompt)), smallest=largest_group),
-        rollouts=Rollouts(
-            rebo.prompts_per_step // workers * rebo.completions_per_prompt,
-            lengths.longest_prompt + rebo.max_completion_tokens,
-        ),
+        rollouts=sampled.together(asked),
         reference=rebo.kl_coefficient > 0,
         colocated_engine=chosen_engine(config.generation, train) == "vllm",
     )
@@ -166,9 +205,16 @@ def baseline_steps(settings: Baseline, corpora: Mapping[str, Sequence[Sample]]) 
 
 
 def baseline_plan(
-    config: RuleConfig, method: Method, corpora: Mapping[str, Sequence[Sample]], model: Path, node: Node
+    config: RuleConfig,
+    method: Method,
+    corpora: Mapping[str, Sequence[Sample]],
+    model: Path,
+    node: Node,
+    probes: Sequence[Probe] = (),
 ) -> Plan:
     """The plan of another method: a step holds the passes of all its texts at once, for it has one backward pass.
+
+    `probes`: what the model in training is asked on the way.
 
     Raises:
         UserError: a batch cannot be dealt equally to the workers, or RMU is to steer the last block or one that is
@@ -207,6 +253,7 @@ def baseline_plan(
         config.generation,
         node,
         largest=Pass(here, here, settings=batch_sizes),
+        rollouts=looks(config, probes, tokenizer) if probes else Rollouts(),
         reference=method.needs_original_model and train.lora is None,
         trained=None if method.trains is None else shape.matrices(trained_names(method.trains, settings.rmu_layer)),
     )

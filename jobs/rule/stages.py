@@ -105,12 +105,15 @@ def plan(run: "Run", cleared: Path | None = None) -> Plan:
     method = methods.find(name)
     if name == methods.PROMPT_ONLY:
         return Plan(())
+    is_looked_at = run.config.rule.trace.every is not None
     if method is None:
         steers = name != methods.RULE or run.config.rule.rebo.start == "steered"
         trained = {"steering": steers, "rebo": name == methods.RULE}
         wanted = tuple(stage for stage, is_trained in trained.items() if is_trained)
-        return rule_plan(run.config, run.data, run.source.path, node, wanted)
-    return baseline_plan(run.config, method, run.corpora, run.source.path, node)
+        looked_at = {methods.RULE: "rebo"}.get(name, "steering") if is_looked_at else None
+        return rule_plan(run.config, run.data, run.source.path, node, wanted, looked_at)
+    probes = run.data.probes if is_looked_at else ()
+    return baseline_plan(run.config, method, run.corpora, run.source.path, node, probes)
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:

@@ -149,6 +149,17 @@ def test_the_gradient_of_token_logprobs_is_autograds(precision):
     torch.testing.assert_close(flow, plain_flow, rtol=tolerance, atol=tolerance)
 
 
+def test_a_sure_token_keeps_its_gradient_in_bfloat16():
+    logits = torch.zeros(20, 50)
+    logits[:, 3] = 10.0  # p = .998
+    logits = logits.bfloat16().requires_grad_()
+    (flow,) = torch.autograd.grad(
+        _TokenLogprobs.apply(logits, torch.arange(20), torch.full((20,), 3), 1.0).sum() * 1.3e-4, logits
+    )
+    expected = 1.3e-4 * (1 - logits[0].float().softmax(-1)[3])
+    assert flow[:, 3].float() == pytest.approx(expected.item(), rel=2**-8)
+
+
 def test_what_is_shared_is_laid_out_once():
     groups = [Group([1, 2, 3, 4], [[7, 8], [9]], 0), Group([1, 2, 5], [[6]], 2)]
     row = pack(groups)

@@ -16,8 +16,8 @@ from cluster.memory import FLOAT32, GIB, PROCESS, Node, Pass, Rollouts, freed_by
 from cluster.model_shape import ModelShape
 from cluster.plan import batch_plan
 from jobs.rule.config import RuleConfig
-from jobs.rule.data import Item, Refusal, RuleData
-from jobs.rule.plan import Lengths, measure, rule_plan, stages, trained_names
+from jobs.rule.data import Item, Probe, Refusal, RuleData
+from jobs.rule.plan import Lengths, looks, measure, rule_plan, stages, trained_names
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 MATRICES = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096))
@@ -309,6 +309,29 @@ def test_the_whole_plan_needs_only_a_model_directory(data, tokenizer, tiny_model
     plan = rule_plan(configured("rule.rebo.max_prompt_tokens=64"), data, tmp_path, this_node(tmp_path))
     plan.require_fit()
     assert list(plan.memory) == ["steering", "rebo"]
+
+
+def test_what_is_sampled_beside_a_training_is_in_its_plan():
+    def steering(*sets: str, **asked: Rollouts):
+        plan = stages(configured(*sets), LENGTHS, LLAMA_3_8B, LARGE, ["steering"], asked)
+        return {row.name: row.size for row in plan.memory["steering"].rows if row.phase == "rollout"}
+
+    assert steering() == {}
+    asked = Rollouts(32, 200, original=True)
+    stopping = steering("rule.steering.stop_at_refusal=0.5", "generation.max_batch_sequences=32")
+    looked_at = steering("generation.max_batch_sequences=32", steering=asked)
+    assert looked_at.keys() - stopping.keys() == {"original"}
+    assert looked_at["original"] == 4 * LLAMA_3_8B.parameters
+    assert stopping["KV cache"] * 200 == looked_at["KV cache"] * (LENGTHS.longest_prompt + 16)
+    config = configured("generation.engine=transformers", "generation.max_batch_sequences=256")
+    rebo = stages(config, LENGTHS, LLAMA_3_8B, LARGE, ["rebo"], {"rebo": asked})
+    assert size(rebo.memory["rebo"], "KV cache") == 256 * 200 * LLAMA_3_8B.layers * 2 * 8 * 128 * 4
+
+
+def test_a_look_is_as_long_as_the_longest_probe(data, tokenizer):
+    probes = (Probe("Who?", "X", "forget_qa", "simple", "X"), Probe("Who is it then?", "X", "forget_qa", "simple", "X"))
+    config = configured("rule.evaluation.prompt_form=plain", "rule.evaluation.max_new_tokens=30")
+    assert looks(config, probes, tokenizer) == Rollouts(2, 15 + 30)
 
 
 def test_workers_that_this_node_has_no_processors_for_stand_elsewhere(shape):
