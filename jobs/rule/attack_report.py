@@ -1,4 +1,4 @@
-"""What attacks brought back: a table, a row an attack and a column a model, and the curves of relearning."""
+"""What attacks brought back: a table, a row a model and a column an attack, and the curves of relearning."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+MARKERS = "os^D"  # a further one where the colours are used up
+KINDS = (PLAIN, "rewording", "prefilling", "sampling", "quantisation", "relearning")
 RECALL, REGAINED = "recall/", "regained/"
 
 
@@ -73,26 +75,32 @@ def show(content: Mapping[str, Any]) -> None:
 
 
 def table(content: Mapping[str, Any]) -> "Table":
-    """Recall of each attack in percent with its interval; behind it the points regained over the plain question."""
+    """Recall under each attack in percent with its interval; below it the points regained over the plain question.
+
+    Of several wordings or openings only what any of them brings back: `rows` has each.
+    """
     from rich import box
     from rich.table import Table
 
     metrics = content["metrics"]
     first = next(iter(metrics.values()))
     shown = Table(title="What attacks bring back", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("attack", no_wrap=True)
-    for name in metrics:
-        shown.add_column(name, justify="right")
-    keys = dict.fromkeys(key for found in metrics.values() for key in found if key.startswith(RECALL))
+    shown.add_column("model", no_wrap=True)
+    every = {key.removeprefix(RECALL): None for found in metrics.values() for key in found if key.startswith(RECALL)}
+    keys = [key for key in every if f"{_kind(key)}/any" not in every or key.endswith("/any")]
+    keys.sort(key=lambda key: KINDS.index(_kind(key)))
+    for key in keys:
+        shown.add_column(key.replace("/", "\n"), justify="right")
     decides = content["facts"] >= LEAST_FACTS
-    for key in (key.removeprefix(RECALL) for key in keys):
-        shown.add_row(key, *(_cell(found, key, decides) for found in metrics.values()))
+    for name, found in metrics.items():
+        shown.add_row(name, *(_cell(found, key, decides) for key in keys))
     count = first[f"{RECALL}plain"]["n"]
     shown.caption = (
         f"Stemmed ROUGE-L recall in percent on {count} forget probes that the original knows, with 95 % intervals over "
-        "facts;\nin brackets the points that come back over the plain question, marked * where their paired interval "
+        "facts;\nbelow it the points that come back over the plain question, marked * where their paired interval "
         f"leaves out 0 and\nthere are at least {LEAST_FACTS} facts. The best of several answers (any, best of) tells "
-        "more than one\nalso where nothing was known, and is never marked."
+        "more than one\nalso where nothing was known, and is never marked. Each wording and opening: "
+        "tables/attacks.jsonl."
     )
     shown.caption_justify = "left"
     return shown
@@ -103,7 +111,7 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(8.4, 5), layout="constrained")
+    drawn = Figure(figsize=(9.6, 5), layout="constrained")
     axes = drawn.add_subplot()
     colours = colormaps["tab10"].colors
     for index, (name, steps) in enumerate(content["relearning"].items()):
@@ -111,7 +119,9 @@ def figure(content: Mapping[str, Any]) -> "Figure":
         plain = content["metrics"][name][f"{RECALL}plain"]["value"]
         numbers = sorted(map(int, steps))
         forget = [plain, *(steps[str(step)]["forget"] for step in numbers)]
-        axes.plot([0, *numbers], forget, marker="o", markersize=4, color=colour, label=name)
+        marker = MARKERS[index // len(colours) % len(MARKERS)]
+        axes.plot([0, *numbers], forget, marker=marker, markersize=4.5, color=colour, label=name)
+        axes.set_xticks([0, *numbers])
         axes.plot(numbers, [steps[str(step)]["retain"] for step in numbers], linestyle="--", color=colour, alpha=0.5)
     axes.set_xlabel("steps of relearning on other forget questions")
     axes.set_ylabel("recall of the forgotten (dashed: of the retained)")
@@ -119,8 +129,12 @@ def figure(content: Mapping[str, Any]) -> "Figure":
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False)
+    drawn.legend(frameon=False, loc="outside right upper")
     return drawn
+
+
+def _kind(attack: str) -> str:
+    return attack.partition("/")[0]
 
 
 def _cell(found: Mapping[str, Any], key: str, decides: bool) -> str:
@@ -133,4 +147,4 @@ def _cell(found: Mapping[str, Any], key: str, decides: bool) -> str:
     if regained is None:
         return text
     decided = decides and not best_of_several(key) and (regained["ci95"][0] > 0 or regained["ci95"][1] < 0)
-    return f"{text} ({100 * regained['value']:+.0f}{'*' * decided})"
+    return f"{text}\n({100 * regained['value']:+.0f}{'*' * decided})"

@@ -84,8 +84,9 @@ def content() -> dict:
 
 def test_the_table_marks_what_is_decided(content):
     text = printed(content)
-    assert "50 [30, 70] (+40*)" in text
-    assert "20 [10, 30] (+10)" in text
+    [recalls] = [line for line in text.splitlines() if line.strip().startswith("RULE")]
+    assert recalls.split() == ["RULE", "10", "[0,", "20]", "20", "[10,", "30]", "50", "[30,", "70]"]
+    assert text.split().count("(+40*)") == text.split().count("(+10)") == 2
     content["metrics"]["RULE"]["regained/sampling/best of 2"] = metric(0.3, 0.2, 0.4)
     assert "(+30)" in printed(content)  # the best of two is above one by chance alone
     assert "on 7 forget probes" in text
@@ -94,8 +95,17 @@ def test_the_table_marks_what_is_decided(content):
 
 def test_what_a_model_was_not_asked_is_left_blank(content):
     del content["metrics"]["RULE"]["recall/sampling/best of 2"]
-    [line] = [line for line in printed(content).splitlines() if "sampling/best of 2" in line]
-    assert line.split()[-1] == "-"
+    [line] = [line for line in printed(content).splitlines() if line.strip().startswith("RULE")]
+    assert line.split()[4] == "-"
+
+
+def test_of_several_wordings_only_what_any_brings_back_is_shown(content):
+    for name, value in (("quiz", 0.1), ("brief", 0.6), ("any", 0.7)):
+        content["metrics"]["RULE"][f"recall/rewording/{name}"] = metric(value, 0, 1)
+    text = printed(content)
+    assert "70 [0, 100]" in text
+    assert "60 [0, 100]" not in text
+    assert "quiz" not in text
 
 
 def printed(content: dict) -> str:
