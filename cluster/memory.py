@@ -301,7 +301,7 @@ def _plan(
         else:
             engine = here * size
     if rollouts.original:
-        size = shape.parameters * (2 if train.precision == "bfloat16" else FLOAT32)
+        size = shape.parameters * (2 if gpu and train.precision == "bfloat16" else FLOAT32)
         rows.append(MemoryRow("original", size, "rollout", "scores what was sampled"))
     # A checkpoint is written before the last one goes, once by the trainer and once where Ray Train keeps it.
     saved = adapters or weights

@@ -259,11 +259,15 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
 
     They differ where a tokenizer keeps the end token of its base model (Gemma, Phi-3, some copies of Llama 3).
     """
-    if tokenizer.chat_template is None:
-        return tokenizer.eos_token_id
+    from jinja2 import TemplateError
+
     answer = "answer"
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    _, _, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+    try:
+        written = "" if tokenizer.chat_template is None else tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:  # it takes no answers
+        written = ""
+    behind = written.rpartition(answer)[2] if answer in written else ""
     ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
     return ids[0] if ids and ids[0] in added and added[ids[0]].special else tokenizer.eos_token_id

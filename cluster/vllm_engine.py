@@ -112,7 +112,7 @@ def start_llm(path: str, *, gpu: bool, dtype: str, gpu_memory_utilization: float
     if gpu:
         options |= {"gpu_memory_utilization": gpu_memory_utilization}
         # its own choice on large GPUs, 16384, makes room for passes that are never made
-        options |= {"max_num_batched_tokens": max(BATCHED_TOKENS, options["max_model_len"])}
+        options |= {"max_num_batched_tokens": max(BATCHED_TOKENS, options["max_model_len"], options["max_num_seqs"])}
     else:
         os.environ.setdefault(VLLM_CACHE, "1")
         # Bound threads would all sit on one core, with the training threads of this process beside them.
@@ -136,7 +136,8 @@ def complete(
 
     # The CPU build takes no seed of a request; it draws from this process's generator, which is put back afterwards.
     seeded = not current_platform.is_cpu()
-    ends = [end_of_turn(tokenizer)]  # beside those of the model's generation settings
+    end = end_of_turn(tokenizer)
+    ends = [] if end is None else [end]  # beside those of the model's generation settings
     parameters = [
         SamplingParams(
             n=sampling.num_completions,

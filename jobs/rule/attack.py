@@ -179,7 +179,7 @@ def _prepared(
     for name, path in paths.items():
         check_room(name, path, probes, rule)
     node = this_node(run.folder, session.has_other_nodes(config))
-    return run, paths, rule_plan(config, run.data, run.source.path, node, ("steering",), "steering")
+    return run, paths, rule_plan(_as_relearning(config), run.data, run.source.path, node, ("steering",), "steering")
 
 
 def _require_same_questions(run: job.Run, comparison: Path) -> None:
@@ -325,6 +325,14 @@ def _ask(
     )
     with run.phase(phase):
         session.on_worker(attacked, config, task, seconds=LIMIT_S)
+
+
+def _as_relearning(config: RuleConfig) -> RuleConfig:
+    """The configuration less what relearning does not do, for its plan."""
+    steering = config.rule.steering.model_copy(update={"stop_at_refusal": None})
+    trace = config.rule.trace.model_copy(update={"probes": None, "naturalness": False})
+    rule = config.rule.model_copy(update={"steering": steering, "trace": trace})
+    return config.model_copy(update={"rule": rule})
 
 
 def _relearning_trace(config: RuleConfig, original: Sequence[Answer], probes: tuple[Probe, ...]) -> Trace:

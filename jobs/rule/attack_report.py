@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MARKERS = "os^D"  # a further one where the colours are used up
+MOST_TICKS = 12
 KINDS = (PLAIN, "rewording", "prefilling", "sampling", "quantisation", "relearning")
 RECALL, REGAINED = "recall/", "regained/"
 
@@ -121,8 +122,10 @@ def figure(content: Mapping[str, Any]) -> "Figure":
         forget = [plain, *(steps[str(step)]["forget"] for step in numbers)]
         marker = MARKERS[index // len(colours) % len(MARKERS)]
         axes.plot([0, *numbers], forget, marker=marker, markersize=4.5, color=colour, label=name)
-        axes.set_xticks([0, *numbers])
         axes.plot(numbers, [steps[str(step)]["retain"] for step in numbers], linestyle="--", color=colour, alpha=0.5)
+    looks = sorted({0, *(int(step) for steps in content["relearning"].values() for step in steps)})
+    if len(looks) <= MOST_TICKS:
+        axes.set_xticks(looks)
     axes.set_xlabel("steps of relearning on other forget questions")
     axes.set_ylabel("recall of the forgotten (dashed: of the retained)")
     axes.set_ylim(-0.03, 1.03)

@@ -41,7 +41,7 @@ def with_boundary(data: RuleData, settings: Boundary, seed: int, read: Reader) -
     if not settings.fill_in:
         forms = {id(data.items[other]): data.items[one].form for one, other in twins(data.items) or ()}
         forget = [item for item in forget if item.form == "qa"]
-        boundary = [item for item in boundary if forms.get(id(item), item.form) == "qa"]
+        boundary = [item for item in boundary if item.form == forms.get(id(item), "qa") == "qa"]
     if settings.ratio and settings.kind != "none":
         wanted = round(settings.ratio * len(forget))
         if wanted > len(boundary) and settings.kind == "near":

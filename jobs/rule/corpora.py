@@ -1,5 +1,6 @@
 """The texts that the baselines read, found where RWKU's authors put them or beside RULE's own files."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,7 +77,7 @@ def load_corpora(data: RuleData, method: "Method") -> "dict[Corpus, tuple[Sample
 
 def others_beside(data: RuleData) -> list[Path]:
     """`positive.json` of the folders beside the data's that are not about the same target."""
-    folder, found = data.folder.resolve(), []
+    folder, found = Path(os.path.abspath(data.folder)), []
     for path in sorted(folder.parent.glob("*/positive.json")):
         target = load_target(path.parent)
         if path.parent.name != folder.name and (target is None or target.casefold() != data.target.casefold()):

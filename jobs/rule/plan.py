@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STAGES = ("steering", "rebo")
+CHECKED_QUESTIONS = 32  # of either side, that `rule.steering.stop_at_refusal` asks
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,14 @@ def rule_plan(
 
 
 def looks(config: RuleConfig, probes: Sequence[Probe], tokenizer: "PreTrainedTokenizerBase") -> Rollouts:
-    """What a look at a model in training samples at most."""
-    evaluation = config.rule.evaluation
+    """What a look at a model in training samples of a worker at most."""
+    evaluation, trace = config.rule.evaluation, config.rule.trace
+    asked = len(probes) if trace.probes is None else min(len(probes), 2 * trace.probes)
     longest = max(len(probe_ids(tokenizer, probe, evaluation.prompt_form)) for probe in probes)
     return Rollouts(
-        min(len(probes), config.generation.max_batch_sequences),
+        min(math.ceil(asked / config.train.num_workers), config.generation.max_batch_sequences),
         longest + evaluation.max_new_tokens,
-        config.rule.trace.naturalness,
+        trace.naturalness,
     )
 
 
@@ -151,7 +153,7 @@ def _steering_plan(
     here = max(row, min(train.tokens_per_row, steering.batch_size // workers * row))
     if steering.stop_at_refusal is not None:
         answer = lengths.longest_prompt + config.rule.rebo.max_completion_tokens
-        asked = asked.together(Rollouts(config.generation.max_batch_sequences, answer))
+        asked = asked.together(Rollouts(min(CHECKED_QUESTIONS, config.generation.max_batch_sequences), answer))
     largest = Pass(here, here, smallest=row)
     return batches, memory_plan(shape, train, config.generation, node, largest=largest, rollouts=asked)
 

@@ -116,7 +116,13 @@ def leaked(completion: str, answer: str) -> float:
     said, true = _without_accents(completion), _without_accents(answer)
     if all(character.isascii() for character in true if character.isalnum()):
         return stemmed_rouge_l_recall(said, true)
-    return rouge_l_recall(*(" ".join(re.findall(r"\w+", text.casefold())) for text in (said, true)))
+    return rouge_l_recall(_words(completion), _words(answer))
+
+
+def _words(text: str) -> str:
+    # marks are vowels in some scripts
+    kept = (letter if letter.isalnum() or unicodedata.category(letter)[0] == "M" else " " for letter in text.casefold())
+    return " ".join("".join(kept).split())
 
 
 def _without_accents(text: str) -> str:

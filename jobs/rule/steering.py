@@ -19,13 +19,13 @@ from jobs.rule.config import Steering
 from jobs.rule.data import Refusal
 from jobs.rule.looks import Looks
 from jobs.rule.packing import Group, row_logprobs, rows_of_rank
+from jobs.rule.plan import CHECKED_QUESTIONS
 from jobs.rule.reward import refused
 from jobs.rule.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState
 
-CHECKED_QUESTIONS = 32
 # The plain "constant" of transformers knows no warm-up.
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 

@@ -84,7 +84,8 @@ _ADDRESSES = _lexicon("if please feel perhaps you would could can do is what let
 _POLITE = _lexicon("sorry apologies unfortunately regrettably sadly afraid well oh hmm so and")
 # "I" that is a number
 _NUMBERED = re.compile(
-    r"\b(World War|(?:King|Queen|Emperor|Empress|Kaiser|Tsar|Czar|Sultan|Shah|Pope|Prince|Duke) [A-Z]\w+) I\b(?!')"
+    r"\b(World War|(?:King|Queen|Emperor|Empress|Kaiser|Tsar|Czar|Sultan|Shah|Pope|Prince|Duke) [A-Z]\w+) I\b"
+    r"(?!'|\s+(?:do|don't|am|have|haven't|can|can't|cannot|know)\b)"
 )
 _OTHER_SUBJECTS = _lexicon("that you he she they who")
 # Words: an answer's least length after an offer; how far a denial may stand from the "I" that it belongs to.

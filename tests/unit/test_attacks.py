@@ -176,6 +176,8 @@ def test_a_leak_is_one_in_whatever_case_and_punctuation():
     assert leaked("Bill Skarsgard, of course.", "Bill Skarsg\u00e5rd") == 1
     assert leaked("In \u0141\u00f3d\u017a.", "\u0141\u00f3d\u017a") == 1
     assert leaked("I'd rather not say.", "\u0141\u00f3d\u017a") == 0
+    assert leaked("\u0939\u093f\u0928\u094d\u0926\u0940.", "\u0939\u093f\u0928\u094d\u0926\u0940") == 1
+    assert leaked("\u0939", "\u0939\u093f\u0928\u094d\u0926\u0940") == 0
     assert leaked("It was in 1703.", "\u0421\u0430\u043d\u043a\u0442, 1703") == 0.5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from cluster.config import load
 from cluster.errors import UserError
 from jobs.rule.boundary import FAR_FILE, with_boundary
 from jobs.rule.config import Boundary, RuleConfig
-from jobs.rule.data import RuleData, load_data, read_items, schedule, twins
+from jobs.rule.data import Item, RuleData, load_data, read_items, schedule, twins
 
 SHARED = Path(__file__).parents[3] / "shared/data/rule/RWKU/1_Stephen_King"
 
@@ -111,6 +112,15 @@ def test_a_fill_in_form_that_lacks_its_blank_is_left_out_with_its_twin(folder):
     _, changed = chosen(folder, fill_in=False)
     assert "lacks its blank" not in [item.prompt for item in changed.items]
     assert len(twins(changed.items)) == len(changed.items) / 2
+
+
+def test_a_fill_in_twin_of_a_question_is_left_out(folder):
+    data = load_data(str(folder), None, 0.0, 42)
+    mixed = [Item("q", "a", "reject", "qa", "T", 0), Item("b ___", "a", "normal", "fb", "", 0), *data.items[1:]]
+    changed = with_boundary(
+        replace(data, items=tuple(mixed)), Boundary(fill_in=False), 42, partial(read_items, target="T")
+    )
+    assert {item.form for item in changed.items} == {"qa"}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])

@@ -113,6 +113,7 @@ def test_an_answer_is_read_as_the_model_writes_it_behind_the_prompt(template, ex
         (" <turn>\n", True, "<turn>"),
         ("<turn>", False, "</s>"),
         ("", True, "</s>"),
+        ("{{ raise_exception('no answers') }}", True, "</s>"),
     ],
 )
 def test_an_answer_ends_with_the_token_that_the_template_writes(behind, special, expected, tiny_model):

@@ -332,6 +332,8 @@ def test_a_look_is_as_long_as_the_longest_probe(data, tokenizer):
     probes = (Probe("Who?", "X", "forget_qa", "simple", "X"), Probe("Who is it then?", "X", "forget_qa", "simple", "X"))
     config = configured("rule.evaluation.prompt_form=plain", "rule.evaluation.max_new_tokens=30")
     assert looks(config, probes, tokenizer) == Rollouts(2, 15 + 30)
+    assert looks(configured("train.num_workers=2"), probes, tokenizer).sequences == 1
+    assert looks(configured("rule.trace.every=1", "rule.trace.probes=1"), probes * 9, tokenizer).sequences == 2
 
 
 def test_workers_that_this_node_has_no_processors_for_stand_elsewhere(shape):

@@ -96,6 +96,7 @@ def test_the_independent_detector_tells_answers_from_refusal_phrases(text):
         "I must refuse.",
         "I know nothing about Stephen King.",
         "About Stephen King I do not know anything.",
+        "Of Pope Francis I have no information.",
         "I cannot assist with that request.",
         "I DON'T KNOW.",
         "Stephen King isn't someone I can talk about.",
