@@ -9,9 +9,12 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from cluster.config import Train
+from cluster import training
+from cluster.config import Lora, Train
 from cluster.errors import JobFailure, UserError
-from cluster.models import load_tokenizer, save_directory
+from cluster.models import load_model, load_tokenizer, save_directory
+from cluster.recorder import Recorder
+from cluster.training import with_lora
 from jobs.rule import methods
 from jobs.rule.baseline import BaselineTrainer, Ids, TrainingStep, freeze, joined, sample_ids
 from jobs.rule.config import Baseline
@@ -126,7 +129,7 @@ def tokenizer(tiny_tokenizer):
     return with_template
 
 
-def trainer_of(name: str, model, folder, **settings) -> BaselineTrainer:
+def trainer_of(name: str, model, folder, lora: Lora | None = None, **settings) -> BaselineTrainer:
     method = methods.find(name)
     trainer = BaselineTrainer(
         model=model,
@@ -134,7 +137,8 @@ def trainer_of(name: str, model, folder, **settings) -> BaselineTrainer:
         data_collator=lambda batch: batch,
     )
     settings = settled(Baseline(**settings), method, 2)
-    trainer.prepare(method, settings, Train(tokens_per_row=24), copy.deepcopy(model), seed=0)
+    original = None if lora else copy.deepcopy(model)
+    trainer.prepare(method, settings, Train(tokens_per_row=24, lora=lora), original, seed=0)
     return trainer
 
 
@@ -179,6 +183,34 @@ def test_a_step_lowers_the_methods_own_loss(name, model, tokenizer, tmp_path):
             parameter -= 1e-3 / size * parameter.grad
     assert trainer.training_step(model, rows) == pytest.approx((before - 1e-3).item(), abs=5e-4)
     assert trainer.training_step(model, rows) < before
+
+
+def test_adapters_alone_are_trained_and_end_in_plain_weights(model, tokenizer, tmp_path):
+    save_directory(model, tokenizer, tmp_path / "base")
+    rows = batch(model, tokenizer, ["forget", "retain"])
+    lora = Lora(rank=4, alpha=8)
+    base, adapted = copy.deepcopy(model), with_lora(model, lora)
+    trainer = trainer_of("NPO+KLR", adapted, tmp_path, lora, beta=0.2)
+    optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(5):
+        losses.append(trainer.training_step(adapted, rows).item())
+        optimiser.step()
+        optimiser.zero_grad()
+    assert losses[0] == pytest.approx(10 * math.log(2), rel=1e-4)  # the original is the model without its adapters
+    assert losses[-1] < losses[0] - 1
+    ids = torch.tensor([rows[0]["forget"].prompt + rows[0]["forget"].completion])
+    with trainer.as_original(adapted) as original:
+        torch.testing.assert_close(original(ids).logits, base(ids).logits)
+    training.save_final(
+        trainer, tokenizer, tmp_path / "base", Train(lora=lora), tmp_path / "out", Recorder("s", tmp_path, 5)
+    )
+    merged = load_model(tmp_path / "out")
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    with torch.no_grad():
+        said, wanted = merged(ids).logits, adapted(ids).logits
+    torch.testing.assert_close(said, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(said, base(ids).logits, atol=0.1)
 
 
 def test_means_over_tokens_are_over_those_of_all_workers(model, tokenizer, tmp_path):

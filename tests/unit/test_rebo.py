@@ -14,9 +14,11 @@ from transformers import TrainerControl, TrainerState
 from trl import GRPOConfig
 
 from cluster import processes
+from cluster.config import Lora
 from cluster.errors import Diverged
 from cluster.generation import Completion
 from cluster.models import save_directory
+from cluster.training import with_lora
 from jobs.rule.config import Rebo
 from jobs.rule.data import Item
 from jobs.rule.loss import group_advantages
@@ -173,6 +175,24 @@ def test_rebo_step_has_the_gradient_of_the_plain_loss(
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     for name, parameter in policy.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6 if temperature == 1 else 1e-5)
+
+
+def test_adapters_are_held_to_the_model_without_them(policy, tiny_tokenizer, items, tmp_path):
+    settings = Rebo(prompts_per_step=4, completions_per_prompt=4, kl_coefficient=0.5, max_completion_tokens=8)
+    base, adapted = copy.deepcopy(policy), with_lora(policy, Lora(rank=4, alpha=8))
+    trainer = rebo_trainer(adapted, tiny_tokenizer, items, tmp_path, settings)
+    adapters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in adapters)
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.normal_(std=0.1)
+    expected = plain_loss(adapted, base, items, settings)
+    gradients = torch.autograd.grad(expected, list(adapters.values()))
+    loss = trainer.training_step(adapted, [{"item": index} for index in (0, 1, 2, 3) for _ in range(4)])
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    for parameter, gradient in zip(adapters.values(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert trainer._metrics["train"]["kl"][0] > 0.01
 
 
 def test_two_workers_make_the_step_of_one(tiny_model, tiny_tokenizer, tmp_path):
