@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.models import load_tokenizer, save_directory
 from jobs.rule.world_facts import TARGET
 from tests.e2e import commands
 from tests.e2e.commands import alive, wait
@@ -138,18 +139,33 @@ def test_stage_one_and_the_original_are_asked_once(compared, reports):
     assert not asked
 
 
+def another_architecture(world, folder: Path) -> Path:
+    """A random GPT-2 with the world's tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = load_tokenizer(Path(world.model))
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=1, n_head=2, **ends)
+    return save_directory(GPT2LMHeadModel(config), tokenizer, folder)
+
+
 def test_other_entries_and_models_find_what_is_trained(compared, world):
     folder, _ = compared
     designs = folder.parent / "designs.yaml"
     designs.write_text(json.dumps({"prompted": {"rule.method": "ICU"}, "variant": VARIANT}))
-    arguments = ["compare", "--methods", "RS,ICU", "--entries", str(designs), "--model", f"theirs={world.gold}"]
+    other = another_architecture(world, folder.parent / "gpt2")
+    arguments = ["compare", "--methods", "RS,ICU", "--entries", str(designs)]
+    arguments += ["--model", f"theirs={world.gold}", "--model", f"other={other}"]
     arguments += ["--gold", str(world.gold), *commands.settings(world, FAST), "--out", str(folder)]
     process = commands.start_rule(folder.parent, *arguments).finish(500)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     assert all(f"[{name}] is finished" in process.stdout for name in ("RS", "ICU"))
     report = json.loads((folder / "report.json").read_text())
     assert report["methods"] == ["RS", "ICU", "prompted", "variant"]
-    assert list(report["best"]) == ["RS", "ICU", "prompted", "variant", "theirs"]
+    assert list(report["best"]) == ["RS", "ICU", "prompted", "variant", "theirs", "other"]
+    assert not report["failures"]
+    assert report["metrics"]["other"]["forgotten"]["value"] > 0.95  # it knows nothing
+    assert report["metrics"]["other"]["retained"]["value"] < 0.05
     assert report["models"]["theirs"] == str(world.gold)
     for axis in ("forgotten", "retained"):
         assert report["metrics"]["theirs"][axis] == report["metrics"]["gold"][axis]

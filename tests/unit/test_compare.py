@@ -187,6 +187,19 @@ def test_nothing_known_is_nothing_to_compare(tmp_path):
         tradeoff.outcome("GA", "GA", folder, 0.5, [], {})
 
 
+def test_a_model_that_cannot_be_asked_is_recorded_and_the_others_go_on(demo, monkeypatch, outcomes):
+    def asked(run, name, model, original):
+        if name == "broken":
+            raise RuntimeError("it has no head")
+        return replace(outcomes[0], name=name)
+
+    monkeypatch.setattr(compare, "_model_outcome", asked)
+    failures = {}
+    found = compare._outcomes(demo, {}, {"broken": demo.source, "sound": demo.source}, None, failures)
+    assert [one.name for one in found] == ["sound"]
+    assert failures == {"broken": "RuntimeError: it has no head"}
+
+
 def test_an_entry_of_other_texts_is_told_before_anything_starts(demo, tmp_path):
     own = Run(demo.config, demo.data, demo.source, tmp_path, "", state={"identity": "new"})
     compare._require_same_texts({Entry("GA"): own})
