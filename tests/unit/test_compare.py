@@ -14,8 +14,7 @@ from cluster.config import load
 from cluster.errors import UserError
 from cluster.models import load_tokenizer, resolve
 from cluster.report import Metric
-from jobs.rule import children, compare, costs, tradeoff
-from jobs.rule.children import beside
+from jobs.rule import compare, costs, tradeoff
 from jobs.rule.config import RuleConfig
 from jobs.rule.corpora import Sample, load_corpora
 from jobs.rule.data import Probe, load_data
@@ -228,14 +227,6 @@ def test_entries_carry_their_learning_rate_to_where_it_belongs():
     assert Entry("GA") in chosen
 
 
-def test_every_entry_has_files_of_its_own():
-    chosen = entries("GA,GA@1.5e-5,GA@1.2e-5,GA@0.001,GA@0.002,GA@1e30,GA@1e-30,NPO+KLR@1e-5,NPO+GDR@1e-5")
-    folders = [Path("runs") / entry.slug for entry in chosen]
-    assert len(set(folders)) == len(chosen)
-    assert len({beside(folder, ".yaml") for folder in folders}) == len(chosen)
-    assert beside(folders[1], ".log") == Path("runs/GA-at-1.5e-5.log")
-
-
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -326,14 +317,6 @@ def test_a_model_from_elsewhere_is_compared_like_a_method(outcomes, tmp_path):
     console = Console(width=160, record=True)
     console.print(tradeoff.table(content))
     assert "theirs@2" in console.export_text()
-
-
-def test_a_password_of_the_tracking_server_reaches_a_run_but_no_file(demo):
-    uri = "http://me:hunter2@host:5000"
-    config = demo.config.model_copy(update={"tracking": demo.config.tracking.model_copy(update={"uri": uri})})
-    own = Run(config, demo.data, demo.source, Path("nowhere"), "")
-    assert "hunter2" not in json.dumps(children.settings(Entry("GA", 1e-5), own, "127.0.0.1:1"))
-    assert children.environment(config)["MLFLOW_TRACKING_URI"] == uri
 
 
 @pytest.fixture(scope="module")
