@@ -254,7 +254,7 @@ def answered_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer: str)
     return ids, tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
-def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The token that the chat template writes behind an answer, where that is a special one, else the tokenizer's end.
 
     They differ where a tokenizer keeps the end token of its base model (Gemma, Phi-3, some copies of Llama 3).

@@ -66,7 +66,7 @@ def looks(config: RuleConfig, probes: Sequence[Probe], tokenizer: "PreTrainedTok
     """What a look at a model in training samples of a worker at most."""
     evaluation, trace = config.rule.evaluation, config.rule.trace
     asked = len(probes) if trace.probes is None else min(len(probes), 2 * trace.probes)
-    longest = max(len(probe_ids(tokenizer, probe, evaluation.prompt_form)) for probe in probes)
+    longest = max((len(probe_ids(tokenizer, probe, evaluation.prompt_form)) for probe in probes), default=0)
     return Rollouts(
         min(math.ceil(asked / config.train.num_workers), config.generation.max_batch_sequences),
         longest + evaluation.max_new_tokens,
